@@ -1,0 +1,1 @@
+"""A runnable experiment behind every claim: ``python -m experiments list | run | sweep | report``."""

@@ -1,0 +1,1 @@
+"""Pallas kernels of hashml, one folder an op, and the hash arithmetic they share (`bits`)."""
