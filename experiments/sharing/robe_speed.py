@@ -9,13 +9,10 @@ copy of the output, which is the bound. Every ratio is taken within one repetiti
 right after one of its own that does not count. Without PyTorch its rows are absent and its claims not judged.
 """
 
-import ctypes
-import ctypes.util
 import functools
 import importlib
 import importlib.util
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,23 +97,8 @@ def count(config: Config) -> int:
 # --- what is timed ------------------------------------------------------------------------------------
 
 
-def _keep_freed_memory() -> None:
-    """Ask glibc to hand freed memory out again, instead of returning it to the system.
-
-    Results of 16 MB lie where it does the one or the other by the history of the process, and fresh pages
-    cost as much as a lookup: without this, times of every method fall into two heaps.
-    """
-    library = ctypes.util.find_library("c")
-    if library is not None and sys.platform == "linux":
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        libc = ctypes.CDLL(library)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
 def _functions(config: Config, task: str) -> dict[str, Callable[[], Any]]:
     """A function of no argument for each method; each call takes the next set of ids."""
-    _keep_freed_memory()
     rng = np.random.default_rng(0)
     shape = (config.ids // config.members, config.members) if task == "bag" else (config.ids,)
     sets = [rng.integers(0, config.num_embeddings, shape, dtype=np.int32) for _ in range(config.batches)]

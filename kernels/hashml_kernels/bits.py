@@ -177,7 +177,8 @@ def m31(function: Multilinear, *keys: Words | None) -> Words:
     Args:
         function: one multiplier a key.
         keys: uint32 words below 2**31 (0 and 2**31 - 1 are the same key); they broadcast. A None
-            counts as zero, and so do trailing keys that are left out.
+            counts as zero, and so do trailing keys that are left out. A key of one bit may be given as
+            bool: it costs no modular product.
     """
     if not 1 <= len(keys) <= len(function.multipliers):
         raise ValueError(f"keys: got {len(keys)}; the hash function takes 1 to {len(function.multipliers)}")
@@ -185,7 +186,9 @@ def m31(function: Multilinear, *keys: Words | None) -> Words:
     for multiplier, key in zip(function.multipliers, keys, strict=False):
         if key is None:
             continue
-        total = _fold31(_multiply31(multiplier, as_words(key)) + total)
+        one_bit = getattr(key, "dtype", None) == np.bool_
+        product = _u(multiplier) * as_words(key) if one_bit else _multiply31(multiplier, as_words(key))
+        total = _fold31(product + total)
     return _canonical31(total)
 
 

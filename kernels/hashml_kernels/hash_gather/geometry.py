@@ -130,7 +130,7 @@ def block_bases(geometry: BlockGeometry, ids: bits.Words | bits.Limbs, block: bi
         middle = (row.lo >> np.uint32(31)) | ((row.hi << np.uint32(1)) & _P31)
         keys = (row.lo & _P31, block, middle, row.hi >> np.uint32(30))
     else:
-        keys = (row & _P31, block, row >> np.uint32(31))
+        keys = (row & _P31, block, row > _P31)
     first = bits.m31(bits.multilinear(geometry.seed, _FIRST_STREAM, 4), *keys)
     second = bits.m31(bits.multilinear(geometry.seed, _SECOND_STREAM, 4), *keys)
     start = bits.reduce_m31(first, second, geometry.starts)
