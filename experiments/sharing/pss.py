@@ -1,6 +1,6 @@
 """How small may the embedding memory of a recommender be, and what does smallness cost and buy?
 
-    python -m experiments run sharing.pss      # about 12 minutes on 2 cores
+    python -m experiments run sharing.pss      # about 30 minutes on 2 cores
 
 (A) The law: at a fixed memory the vocabulary grows a hundredfold, and the gap to full tables stays. (B) The
 trade: quality at saturation, steps to reach it, time of a step and bytes that data-parallel workers
@@ -73,7 +73,7 @@ class Config:
     """At most: training stops at saturation, after three evaluations without gain at any rate."""
     evaluations: int = 2
     """In an epoch."""
-    seeds: int = 2
+    seeds: int = 5
     workers: int = 8
     """Data-parallel workers whose exchange is counted."""
     repetitions: int = 21

@@ -1,6 +1,6 @@
 """ROBE is faster than a full table on a CPU, the more so the longer its blocks.
 
-    make peers && python -m experiments run sharing.robe_speed      # about 4 minutes on 2 cores
+    make peers && python -m experiments run sharing.robe_speed      # about a minute on 2 cores
 
 Lookup, bag and training step (forward, backward, SGD) of 65,536 ids of a 2 M x 64 table in 512 KB of shared
 weights, beside what one would use instead: the full table in JAX (dense gradient, or its looked-up
