@@ -13,8 +13,11 @@ from hashml.sharing.maps import block_map as block_map
 from hashml.sharing.maps import collapse as collapse
 from hashml.sharing.maps import element_map as element_map
 from hashml.sharing.maps import expand as expand
+from hashml.sharing.maps import fold_map as fold_map
 from hashml.sharing.maps import load as load
+from hashml.sharing.maps import map_from_slots as map_from_slots
 from hashml.sharing.maps import pull as pull
+from hashml.sharing.maps import tile_map as tile_map
 from hashml.sharing.maps import virtual_matmul as virtual_matmul
 from hashml.sharing.robe import RobeEmbed as RobeEmbed
 from hashml.sharing.robe import robe_bag as robe_bag

@@ -21,9 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hashml_kernels import bits
 from hashml_kernels.hash_gather import BlockGeometry, hash_gather, hash_scatter
 from hashml_kernels.hash_gather import reference as _reference
 from hashml_kernels.hash_gather.geometry import Sign, Wrap, id_limbs
+from hashml_kernels.hashed_matmul.geometry import (
+    TileGeometry,
+    TileSign,
+    fold_rotations,
+    hashed_starts,
+    sign_bits,
+)
 
 AnyArray = Array | np.ndarray
 """What functions take: JAX arrays, or NumPy arrays."""
@@ -75,10 +83,7 @@ def block_map(
         TypeError, ValueError: for sizes that are no positive ints, a budget smaller than a block or
             not divisible by ``align``, an unknown sign or wrap, or a scale that is not finite.
     """
-    if rows < 1:
-        raise ValueError(f"rows is {rows}; it must be at least 1")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
+    _check(rows, scale)
     layout = BlockGeometry(budget, columns, block_size, seed, sign, wrap, align)
     fields = {name: value for name, value in dataclasses.asdict(layout).items() if name != "features"}
 
@@ -116,6 +121,175 @@ def element_map(
         TypeError, ValueError: as `block_map`.
     """
     return block_map(rows, columns, budget, block_size=1, seed=seed, sign=sign, scale=scale)
+
+
+def tile_map(
+    rows: int,
+    columns: int,
+    budget: int,
+    *,
+    tile: tuple[int, int] = (32, 32),
+    seed: int = 0,
+    sign: TileSign = "element",
+    offset: int = 0,
+    align: int = 1,
+    scale: float = 1.0,
+) -> SharingMap:
+    """Tiles of ``bk x bn`` weights, each at a hashed place of the circular memory (ROAST).
+
+    ``offset`` counts the positions that other matrices of the same memory own: it keeps their maps apart.
+
+    Raises:
+        TypeError, ValueError: as `TileGeometry`; for a scale that is not finite.
+    """
+    return _tiled_map(TileGeometry(budget, rows, columns, tile, "tile", seed, sign, offset, align), scale)
+
+
+def fold_map(
+    rows: int,
+    columns: int,
+    budget: int,
+    *,
+    tile: tuple[int, int] = (1, 1),
+    seed: int = 0,
+    sign: TileSign = "element",
+    offset: int = 0,
+    align: int = 1,
+    scale: float = 1.0,
+) -> SharingMap:
+    """The positions of the model cut in partitions as long as the memory, each rotated by a hash (RANDOMFOLD).
+
+    Every slot serves ``floor(n / budget)`` or ``ceil(n / budget)`` of the model's ``n`` positions, one where
+    they fit. That holds over several matrices if they share one ``seed`` and their offsets follow on.
+
+    Raises:
+        TypeError, ValueError: as `TileGeometry`; for a scale that is not finite.
+    """
+    return _tiled_map(TileGeometry(budget, rows, columns, tile, "fold", seed, sign, offset, align), scale)
+
+
+def _tiled_map(layout: TileGeometry, scale: float) -> SharingMap:
+    """The map of a tile geometry by its formula: no table of tiles, however many there are."""
+    size, budget = layout.tile_size, layout.budget
+    column = np.arange(layout.columns)
+    if layout.positions + budget > 2**32:
+        raise ValueError(
+            f"rows is {layout.rows} and columns is {layout.columns}; their {layout.positions} positions and the "
+            f"budget, {budget}, must stay within 2**32"
+        )
+
+    def place(ids: Rows) -> tuple[Any, Any]:
+        """Number of the tile of each coordinate of the rows, and where in its tile it lies, uint32."""
+        row = _small_rows(ids)[..., None]
+        number = (row // layout.tile[0]) * layout.grid[1] + column // layout.tile[1]
+        inside = (row % layout.tile[0]) * layout.tile[1] + column % layout.tile[1]
+        return number.astype(np.uint32), inside.astype(np.uint32)
+
+    def position(number: Any, inside: Any) -> bits.Limbs:
+        return bits.add64(bits.flat_index(number, size, inside), bits.split64(layout.offset))
+
+    def slots(ids: Rows) -> AnyArray:
+        number, inside = place(ids)
+        if layout.map == "tile":
+            start = hashed_starts(position(number, np.uint32(0)), budget=budget, align=layout.align, seed=layout.seed)
+            slot = start.astype(np.uint32) + inside
+        else:
+            # Counted from the beginning of the first partition that this matrix touches.
+            local = number * np.uint32(size) + inside + np.uint32(layout.offset % budget)
+            partition, place_in_it = local // np.uint32(budget), local % np.uint32(budget)
+            rotations = fold_rotations(layout)
+            rotation = rotations[partition] if isinstance(local, np.ndarray) else jnp.asarray(rotations)[partition]
+            slot = rotation + place_in_it
+        return slot - np.uint32(budget) * (slot >= budget).astype(np.uint32)
+
+    def signs(ids: Rows) -> AnyArray:
+        number, inside = place(ids)
+        if layout.sign == "none":
+            return np.ones(inside.shape, np.float32)
+        negative = sign_bits(layout, position(number, np.uint32(0)), inside)
+        return 1 - 2 * negative.astype(np.float32)
+
+    fields = {"map": layout.map, **_fields(layout, "map"), "tile": list(layout.tile), "scale": scale}
+    return map_from_slots(layout.rows, layout.columns, budget, slots, signs, fields, scale=scale)
+
+
+def _fields(layout: Any, *left_out: str) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(layout).items() if name not in left_out}
+
+
+def _small_rows(ids: Rows) -> Any:
+    """Row ids of a matrix that has fewer than 2**31 rows, int32 (NumPy int64 on the host)."""
+    words = id_limbs(ids)
+    if isinstance(words, bits.Limbs):
+        raise TypeError("ids are Limbs; the rows of a matrix in tiles are counted in 32 bits")
+    return words.astype(np.int64 if isinstance(words, np.ndarray) else jnp.int32)
+
+
+def map_from_slots(
+    rows: int,
+    columns: int,
+    budget: int,
+    slots: Callable[[Rows], AnyArray],
+    signs: Callable[[Rows], AnyArray],
+    geometry: dict[str, Any],
+    *,
+    scale: float = 1.0,
+) -> SharingMap:
+    """A map given by its definition: entries are gathered one by one, and their gradients added in float32.
+
+    Args:
+        rows, columns, budget: of the map.
+        slots, signs: of rows ``ids``, as `SharingMap` has them; they are computed again in the backward pass.
+        geometry: what determines the map.
+        scale: what every entry is multiplied by.
+
+    Raises:
+        ValueError: for no rows, or a scale that is not finite.
+    """
+    _check(rows, scale)
+
+    @jax.custom_vjp
+    def expand_rows(memory: AnyArray, ids: Rows) -> Array:
+        memory = jnp.asarray(memory)
+        entries = memory[slots(ids).astype(jnp.int32)] * jnp.asarray(signs(ids), memory.dtype)
+        return entries if scale == 1.0 else entries * jnp.asarray(scale, memory.dtype)
+
+    @jax.custom_vjp
+    def pull_rows(gradients: AnyArray, ids: Rows) -> Array:
+        signed = jnp.asarray(gradients).astype(jnp.float32) * signs(ids)
+        sums = jnp.zeros(budget, jnp.float32).at[slots(ids).astype(jnp.int32)].add(signed)
+        return sums if scale == 1.0 else sums * scale
+
+    def transpose(forward: Any, backward: Any) -> None:
+        def run(x: AnyArray, ids: Rows) -> tuple[Array, Any]:
+            return forward(x, ids), (ids, jnp.zeros(0, jnp.asarray(x).dtype))
+
+        def pull_back(residuals: Any, cotangent: Array) -> tuple[Array, None]:
+            ids, like = residuals
+            return backward(cotangent, ids).astype(like.dtype), None
+
+        forward.defvjp(run, pull_back)
+
+    transpose(expand_rows, pull_rows)
+    transpose(pull_rows, expand_rows)
+    return SharingMap(
+        rows=rows,
+        columns=columns,
+        budget=budget,
+        scale=scale,
+        expand_rows=expand_rows,
+        pull_rows=pull_rows,
+        slots=slots,
+        signs=signs,
+        geometry=geometry,
+    )
+
+
+def _check(rows: int, scale: float) -> None:
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; it must be at least 1")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
 
 
 def expand(sharing: SharingMap, memory: Float[AnyArray, " budget"]) -> Float[Array, "rows columns"]:

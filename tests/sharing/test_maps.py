@@ -17,6 +17,14 @@ MAPS = {
     "block(7), cut short": lambda seed=0: sharing.block_map(40, 24, 61, block_size=7, seed=seed, scale=0.25),
     "block(8), no wrap": lambda seed=0: sharing.block_map(40, 24, 60, block_size=8, seed=seed, wrap="none"),
     "block(16), aligned": lambda seed=0: sharing.block_map(40, 24, 64, block_size=16, seed=seed, align=8),
+    "tile(8, 4)": lambda seed=0: sharing.tile_map(40, 24, 60, tile=(8, 4), seed=seed),
+    "tile(7, 5), cut, scaled": lambda seed=0: sharing.tile_map(40, 24, 61, tile=(7, 5), seed=seed, scale=0.25),
+    "tile(4, 8), tile signs, aligned": lambda seed=0: sharing.tile_map(
+        40, 24, 64, tile=(4, 8), seed=seed, sign="tile", align=32, offset=2**40
+    ),
+    "fold": lambda seed=0: sharing.fold_map(40, 24, 60, seed=seed),
+    "fold, no sign": lambda seed=0: sharing.fold_map(40, 24, 61, seed=seed, sign="none", offset=7),
+    "fold of tiles(8, 4)": lambda seed=0: sharing.fold_map(40, 24, 60, tile=(8, 4), seed=seed, offset=2**33 + 5),
     "one block fills the memory": lambda seed=0: sharing.block_map(40, 24, 24, block_size=24, seed=seed),
 }
 
@@ -123,20 +131,31 @@ def test_another_seed_is_another_map(name):
     assert (MAPS[name](0).slots(rows) != MAPS[name](1).slots(rows)).any()
 
 
-@pytest.mark.parametrize("name", ["element", "block(8)", "block(16), aligned"])
+def shares_of_the_slots(sharing_map, inside):
+    """How likely each slot is to hold an entry that lies ``inside`` a run of its own."""
+    geometry, slots = sharing_map.geometry, np.arange(sharing_map.budget)
+    if geometry.get("wrap") == "none":
+        last = sharing_map.budget - geometry["block_size"]
+        return ((slots >= inside) & (slots <= inside + last)).astype(float)
+    align = geometry.get("align", 1)
+    return (slots % align == inside % align).astype(float)
+
+
+@pytest.mark.parametrize("name", list(MAPS))
 def test_every_slot_is_hit_equally_often_over_seeds(name):
-    """Chi-square over the slots of one entry, drawn from 1,000 seeds: entries of one map are dependent."""
-    positions = []
-    for seed in range(1000):
-        positions.append(int(MAPS[name](seed).slots(np.array([17]))[0, 5]))
-    budget = MAPS[name]().budget
-    expected = np.bincount((np.arange(0, budget, 8)[:, None] + 5).reshape(-1) % budget, minlength=budget)
-    if "aligned" not in name:
-        expected = np.ones(budget)
-    counts = np.bincount(positions, minlength=budget)
-    assert counts[expected == 0].sum() == 0
-    shares = expected[expected > 0] * len(positions) / expected.sum()
-    assert stats.chisquare(counts[expected > 0], shares).pvalue > 1e-3
+    """Chi-square over the slots of one entry, drawn from 400 seeds: entries of one map are dependent."""
+    counts = np.zeros(MAPS[name]().budget, np.int64)
+    for seed in range(400):
+        counts[int(MAPS[name](seed).slots(np.array([17]))[0, 5])] += 1
+    sharing_map = MAPS[name]()
+    inside = 5 % sharing_map.geometry.get("block_size", 1)
+    if sharing_map.geometry.get("align", 1) > 1:
+        inside = int(sharing_map.slots(np.array([17]))[0, 5])  # any slot tells where in its unit the entry lies
+    shares = shares_of_the_slots(sharing_map, inside)
+    assert counts[shares == 0].sum() == 0
+    expected = shares[shares > 0] * counts.sum() / shares.sum()
+    if expected.size > 1:
+        assert stats.chisquare(counts[shares > 0], expected).pvalue > 1e-3
 
 
 def test_loads_of_a_large_map_are_poisson_like():
@@ -156,32 +175,79 @@ def test_rows_that_meet_in_one_block_do_not_meet_in_all():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def variance_law(x, y, block_size, budget):
+BUDGET = 16
+ROW, COLUMN = (index.reshape(-1) for index in np.indices((8, 8)))
+# An 8 x 8 matrix in 16 weights, and which entries move together: they never meet.
+LAWS = {
+    "element": (lambda seed: sharing.element_map(8, 8, BUDGET, seed=seed), 8 * ROW + COLUMN),
+    "block(8)": (lambda seed: sharing.block_map(8, 8, BUDGET, block_size=8, seed=seed, sign="element"), ROW),
+    "block(3), cut": (
+        lambda seed: sharing.block_map(8, 8, BUDGET, block_size=3, seed=seed, sign="element"),
+        3 * ROW + COLUMN // 3,
+    ),
+    "tile(2, 4)": (lambda seed: sharing.tile_map(8, 8, BUDGET, tile=(2, 4), seed=seed), 2 * (ROW // 2) + COLUMN // 4),
+    "fold": (lambda seed: sharing.fold_map(8, 8, BUDGET, seed=seed, offset=9), (8 * ROW + COLUMN + 9) // BUDGET),
+    "fold of tiles(2, 2)": (
+        lambda seed: sharing.fold_map(8, 8, BUDGET, tile=(2, 2), seed=seed),
+        (4 * (4 * (ROW // 2) + COLUMN // 2) + 2 * (ROW % 2) + COLUMN % 2) // BUDGET,
+    ),
+}
+
+
+def variance_law(x, y, group, budget):
     def element(x, y):
         return (x @ x * (y @ y) + (x @ y) ** 2 - 2 * (x**2 * y**2).sum()) / budget
 
-    blocks = range(0, len(x), block_size)
-    return element(x, y) - sum(element(x[b : b + block_size], y[b : b + block_size]) for b in blocks)
+    return element(x, y) - sum(element(x[group == g], y[group == g]) for g in np.unique(group))
 
 
-@pytest.mark.parametrize("block_size", [1, 8])
-def test_inner_products_are_unbiased_with_the_variance_of_the_law(block_size):
-    """Card of ROBE: with element signs and circular wrap the variance falls with Z."""
-    n, budget, seeds = 64, 16, 1000
+@pytest.mark.parametrize("name", list(LAWS))
+def test_inner_products_are_unbiased_with_the_variance_of_the_law(name):
+    """Two entries that do not move together meet with probability 1 / budget, and signs are independent.
+
+    Cards of ROBE and ROAST: the variance falls with the size of what moves together.
+    """
+    make, group = LAWS[name]
+    seeds = 500
     rng = np.random.default_rng(3)
-    x = rng.standard_normal(n)
-    y = 0.5 * x + rng.standard_normal(n)
+    x = rng.standard_normal(64)
+    y = 0.5 * x + rng.standard_normal(64)
     estimates = np.empty(seeds)
     for seed in range(seeds):
-        one = sharing.block_map(1, n, budget, block_size=block_size, seed=seed, sign="element")
-        slots = np.asarray(one.slots(np.zeros(1, np.int32)))[0]
-        signs = np.asarray(one.signs(np.zeros(1, np.int32)))[0]
-        estimates[seed] = np.bincount(slots, signs * x, budget) @ np.bincount(slots, signs * y, budget)
-    expected = variance_law(x, y, block_size, budget)
+        one = make(seed)
+        slots = np.asarray(one.slots(np.arange(8))).reshape(-1)
+        signs = np.asarray(one.signs(np.arange(8))).reshape(-1)
+        estimates[seed] = np.bincount(slots, signs * x, BUDGET) @ np.bincount(slots, signs * y, BUDGET)
+    expected = variance_law(x, y, group, BUDGET)
     assert abs(estimates.mean() - x @ y) < 4 * np.sqrt(expected / seeds)
     fourth = ((estimates - estimates.mean()) ** 4).mean()
     error = np.sqrt((fourth - estimates.var() ** 2) / seeds)  # standard error of a sample variance
     assert abs(estimates.var(ddof=1) - expected) < 4 * error
+
+
+@pytest.mark.parametrize(("budget", "tile", "offset"), [(60, (1, 1), 0), (77, (1, 1), 123), (64, (4, 8), 96)])
+def test_a_fold_loads_every_slot_alike(budget, tile, offset):
+    """RANDOMFOLD: floor or ceil of the positions over the budget, over all matrices of one memory."""
+    first = sharing.fold_map(40, 24, budget, tile=tile, seed=5)
+    second = sharing.fold_map(16, 8, budget, tile=tile, seed=5, offset=first.rows * first.columns)
+    load = np.asarray(sharing.load(first) + sharing.load(second))
+    positions = 40 * 24 + 16 * 8
+    assert set(load.tolist()) <= {positions // budget, -(-positions // budget)}
+
+
+def test_a_fold_that_fits_is_one_to_one_over_two_matrices():
+    first = sharing.fold_map(6, 5, 42, seed=2)
+    second = sharing.fold_map(3, 4, 42, seed=2, offset=30)
+    slots = np.concatenate([np.asarray(m.slots(np.arange(m.rows))).reshape(-1) for m in (first, second)])
+    assert sorted(slots.tolist()) == list(range(42))
+
+
+def test_two_matrices_of_one_shape_and_memory_have_different_maps():
+    """Under one seed the offset keeps them apart; tiles must not lie at one fixed distance either."""
+    maps = [sharing.tile_map(64, 64, 10_000, tile=(8, 8), offset=offset) for offset in (0, 4096)]
+    slots = [np.asarray(m.slots(np.arange(0, 64, 8)))[:, ::8].astype(int).reshape(-1) for m in maps]
+    distance = (slots[0] - slots[1]) % 10_000
+    assert np.unique(distance).size > 55
 
 
 def test_geometry_is_json(sharing_map):
@@ -222,6 +288,26 @@ def test_bad_geometry_is_refused_by_name(change, message):
     positional = [fields.pop(name) for name in ("rows", "columns", "budget")]
     with pytest.raises(ValueError, match=message):
         sharing.block_map(*positional, block_size=8, **fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 31}, "budget is 31; it must hold one tile at least, 8 x 4 = 32 weights"),
+        ({"tile": (8, 0)}, r"tile\[1\] is 0; it must be at least 1"),
+        ({"rows": 0}, "rows is 0; it must be at least 1"),
+        ({"offset": -1}, "offset is -1; it must lie in 0"),
+        ({"align": 7}, "align is 7; it must divide budget = 60"),
+        ({"scale": float("inf")}, "scale is inf; it must be finite"),
+        ({"budget": 2**31 - 5}, "budget is 2147483643; with a tile it must stay below"),
+    ],
+)
+@pytest.mark.parametrize("make", [sharing.tile_map, sharing.fold_map])
+def test_bad_tiles_are_refused_by_name(make, change, message):
+    fields = {"rows": 40, "columns": 24, "budget": 60, "tile": (8, 4)} | change
+    positional = [fields.pop(name) for name in ("rows", "columns", "budget")]
+    with pytest.raises(ValueError, match=message):
+        make(*positional, **fields)
 
 
 def test_virtual_matmul_refuses_other_shapes(sharing_map):
