@@ -5,6 +5,10 @@ the int64 layout of the reference implementations, on the host only. The arithme
 `hashml_kernels.bits`, since the same lines run inside the kernels.
 """
 
+from hashml.hashing.minhash import MinHashes as MinHashes
+from hashml.hashing.minhash import key_count as key_count
+from hashml.hashing.minhash import minhash as minhash
+from hashml.hashing.minhash import pack_signatures as pack_signatures
 from hashml.hashing.reference64 import REFERENCE_PRIME as REFERENCE_PRIME
 from hashml.hashing.reference64 import reference64 as reference64
 from hashml.hashing.reference64 import reference64_slots as reference64_slots

@@ -14,7 +14,6 @@ reference draws it uniform on the interval of that size, and its weights come ou
 circularly over the memory's end, and one seed serves the model, whose modules differ by their offset.
 """
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
@@ -72,7 +71,6 @@ class _Roast(nn.Module, kw_only=True):
         memory: the `SharedMemory` that other modules read too; or the module stores its own memory of
         budget: weights, or
         compression: dense over stored weights, at least 1.
-        tile: rows and columns of a tile; a hyper-parameter of the model, since another tile is another map.
         map: ``"tile"`` or ``"fold"``.
         seed: picks the hash function; by default that of ``memory``, or 0.
         sign: hashed signs, one an ``"element"``, one a ``"tile"``, or ``"none"``.
@@ -87,7 +85,6 @@ class _Roast(nn.Module, kw_only=True):
     memory: SharedMemory | None = None
     budget: int | None = None
     compression: float | int | None = None
-    tile: tuple[int, int] = (32, 32)
     map: TileMap = "tile"
     seed: int | None = None
     sign: TileSign = "element"
@@ -97,7 +94,7 @@ class _Roast(nn.Module, kw_only=True):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
-    def layout(self, rows: int, columns: int) -> TileGeometry:
+    def geometry_of(self, rows: int, columns: int, tile: tuple[int, int]) -> TileGeometry:
         """The geometry of a virtual matrix of this module.
 
         Raises:
@@ -116,7 +113,7 @@ class _Roast(nn.Module, kw_only=True):
         else:
             budget = self.memory.budget
         seed = self.seed if self.seed is not None else 0 if self.memory is None else self.memory.seed
-        return TileGeometry(budget, rows, columns, self.tile, self.map, seed, self.sign, self._offset(), self.align)
+        return TileGeometry(budget, rows, columns, tile, self.map, seed, self.sign, self._offset(), self.align)
 
     def _offset(self) -> int:
         if self.offset is not None:
@@ -153,6 +150,7 @@ class RoastDense(_Roast):
 
     Attributes:
         features: outputs.
+        tile: rows and columns of a tile; a hyper-parameter of the model, since another tile is another map.
         use_bias, bias_init: as in `flax.linen.Dense`; the bias is stored.
 
     Raises:
@@ -160,12 +158,17 @@ class RoastDense(_Roast):
     """
 
     features: int
+    tile: tuple[int, int] = (32, 32)
     use_bias: bool = True
     bias_init: Initializer = nn.initializers.zeros_init()
 
+    def layout(self, inputs: int) -> TileGeometry:
+        """The geometry of a layer with ``inputs`` inputs."""
+        return self.geometry_of(inputs, self.features, self.tile)
+
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*batch inputs"]) -> Float[Array, "*batch {self.features}"]:
-        layout = self.layout(x.shape[-1], self.features)
+        layout = self.layout(x.shape[-1])
         memory, scale = self._weights(layout.budget, x.shape[-1] ** -0.5)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, memory, bias = promote_dtype(x, memory, bias, dtype=self.dtype)
@@ -185,7 +188,7 @@ class RoastDense(_Roast):
 
     def sharing_map(self, inputs: int) -> SharingMap:
         """The map of a layer with ``inputs`` inputs; its `geometry` belongs into saved files."""
-        return _map_of(self.layout(inputs, self.features))
+        return _map_of(self.layout(inputs))
 
 
 def _map_of(layout: TileGeometry) -> SharingMap:
@@ -212,6 +215,7 @@ class RoastConv(_Roast):
     Attributes:
         features: output channels.
         kernel_size: one size a spatial dimension.
+        tile: as in `RoastDense`.
         strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, bias_init: as in
             `flax.linen.Conv`; padding is ``"SAME"``, ``"VALID"``, an int, or an int or a pair a dimension.
 
@@ -221,6 +225,7 @@ class RoastConv(_Roast):
 
     features: int
     kernel_size: int | Sequence[int]
+    tile: tuple[int, int] = (32, 32)
     strides: int | Sequence[int] = 1
     padding: str | int | Sequence[Any] = "SAME"
     input_dilation: int | Sequence[int] = 1
@@ -229,9 +234,17 @@ class RoastConv(_Roast):
     use_bias: bool = True
     bias_init: Initializer = nn.initializers.zeros_init()
 
+    def _window(self) -> tuple[int, ...]:
+        return (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+
+    def layout(self, channels: int) -> TileGeometry:
+        """The geometry of a convolution of ``channels`` input channels."""
+        rows = channels // self.feature_group_count * math.prod(self._window())
+        return self.geometry_of(rows, self.features, self.tile)
+
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*batch_spatial_channels"]) -> Float[Array, "*batch_spatial_features"]:
-        window = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        window = self._window()
         spatial, groups = len(window), self.feature_group_count
         channels = x.shape[-1]
         if x.ndim < spatial + 1:
@@ -241,7 +254,7 @@ class RoastConv(_Roast):
                 f"feature_group_count is {groups}; it must divide the {channels} input channels and "
                 f"features = {self.features}"
             )
-        layout = self.layout(channels // groups * math.prod(window), self.features)
+        layout = self.layout(channels)
         memory, scale = self._weights(layout.budget, layout.rows**-0.5)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, memory, bias = promote_dtype(x, memory, bias, dtype=self.dtype)
@@ -322,16 +335,14 @@ class RoastEmbed(_Roast):
 
     num_embeddings: int
     features: int
-    tile: tuple[int, int] = dataclasses.field(default=(1, 32), kw_only=True)
+    tile: tuple[int, int] = (1, 32)
 
     def sharing_map(self) -> SharingMap:
         """The map of the table."""
         if self.tile[0] != 1:
             raise ValueError(f"tile is {self.tile}; an embedding's is (1, Z), a block of one row")
         block_size = min(self.tile[1], self.features)
-        layout = self.clone(tile=(1, block_size), parent=None, offset=self._offset()).layout(
-            self.num_embeddings, self.features
-        )
+        layout = self.geometry_of(self.num_embeddings, self.features, (1, block_size))
         if layout.map == "fold":
             return _map_of(layout)
         sign = "block" if layout.sign == "tile" else layout.sign

@@ -8,6 +8,7 @@ from scipy import stats
 
 from hashml import sharing
 
+SIGNATURES = np.random.default_rng(0).integers(0, 2**32, (40, 2), dtype=np.uint32)
 MAPS = {
     "element": lambda seed=0: sharing.element_map(40, 24, 60, seed=seed),
     "element, no sign": lambda seed=0: sharing.element_map(40, 24, 60, seed=seed, sign="none"),
@@ -25,6 +26,7 @@ MAPS = {
     "fold": lambda seed=0: sharing.fold_map(40, 24, 60, seed=seed),
     "fold, no sign": lambda seed=0: sharing.fold_map(40, 24, 61, seed=seed, sign="none", offset=7),
     "fold of tiles(8, 4)": lambda seed=0: sharing.fold_map(40, 24, 60, tile=(8, 4), seed=seed, offset=2**33 + 5),
+    "lma": lambda seed=0: sharing.lma_map(SIGNATURES, 24, 60, seed=seed),
     "one block fills the memory": lambda seed=0: sharing.block_map(40, 24, 24, block_size=24, seed=seed),
 }
 

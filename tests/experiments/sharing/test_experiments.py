@@ -9,7 +9,14 @@ from experiments import cli
 from experiments.lab import experiment, figures, records
 from experiments.lab.claims import judge
 
-NAMES = ["sharing.robe", "sharing.robe_speed", "sharing.robe_text", "sharing.pss"]
+NAMES = [
+    "sharing.robe",
+    "sharing.robe_speed",
+    "sharing.robe_text",
+    "sharing.pss",
+    "sharing.roast",
+    "sharing.roast_speed",
+]
 
 
 @pytest.fixture(scope="module", params=NAMES)
