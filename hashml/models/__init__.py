@@ -1,5 +1,7 @@
 """Models that take their embedding as an argument, and the steps that train them."""
 
+from hashml.models.classifiers import ConvNet as ConvNet
+from hashml.models.classifiers import ResNet as ResNet
 from hashml.models.dlrm import DLRM as DLRM
 from hashml.models.dlrm import KAGGLE as KAGGLE
 from hashml.models.dlrm import MLP as MLP
@@ -10,6 +12,18 @@ from hashml.models.dlrm import binary_cross_entropy as binary_cross_entropy
 from hashml.models.dlrm import cat_interaction as cat_interaction
 from hashml.models.dlrm import dot_interaction as dot_interaction
 from hashml.models.dlrm import sum_bags as sum_bags
+from hashml.models.encoder import TextEncoder as TextEncoder
+from hashml.models.ncf import NCF as NCF
+from hashml.models.ncf import BPRBatch as BPRBatch
+from hashml.models.ncf import NCFHead as NCFHead
+from hashml.models.ncf import NCFVectors as NCFVectors
+from hashml.models.ncf import bpr_batches as bpr_batches
+from hashml.models.ncf import bpr_loss as bpr_loss
+from hashml.models.ncf import mlp_width as mlp_width
+from hashml.models.ncf import ncf_bpr_loss as ncf_bpr_loss
+from hashml.models.ncf import sample_negatives as sample_negatives
+from hashml.models.ncf import squared_norms as squared_norms
+from hashml.models.ncf import table_init as table_init
 from hashml.models.training import TrainState as TrainState
 from hashml.models.training import data_parallel_step as data_parallel_step
 from hashml.models.training import data_parallel_value_and_grad as data_parallel_value_and_grad

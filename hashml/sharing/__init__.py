@@ -7,6 +7,10 @@ with at equal stored bytes.
 from hashml.sharing.baselines import HashingTrickTables as HashingTrickTables
 from hashml.sharing.baselines import NarrowTables as NarrowTables
 from hashml.sharing.baselines import QuotientRemainderTables as QuotientRemainderTables
+from hashml.sharing.fold import FoldSpan as FoldSpan
+from hashml.sharing.fold import fold_expand as fold_expand
+from hashml.sharing.fold import fold_load as fold_load
+from hashml.sharing.fold import fold_pull as fold_pull
 from hashml.sharing.hashed_net import HashedDense as HashedDense
 from hashml.sharing.lma import LmaEmbed as LmaEmbed
 from hashml.sharing.lma import LmaGeometry as LmaGeometry
@@ -29,6 +33,11 @@ from hashml.sharing.maps import map_from_slots as map_from_slots
 from hashml.sharing.maps import pull as pull
 from hashml.sharing.maps import tile_map as tile_map
 from hashml.sharing.maps import virtual_matmul as virtual_matmul
+from hashml.sharing.nested import coarsen as coarsen
+from hashml.sharing.nested import materialised_map as materialised_map
+from hashml.sharing.nested import nested_budgets as nested_budgets
+from hashml.sharing.nested import nested_map as nested_map
+from hashml.sharing.placement import Placement as Placement
 from hashml.sharing.pruning import apply_mask as apply_mask
 from hashml.sharing.pruning import count_kept as count_kept
 from hashml.sharing.pruning import grasp_scores as grasp_scores
@@ -48,3 +57,14 @@ from hashml.sharing.robe import RobeEmbed as RobeEmbed
 from hashml.sharing.robe import robe_bag as robe_bag
 from hashml.sharing.robe import robe_lookup as robe_lookup
 from hashml.sharing.robe_tables import RobeTables as RobeTables
+from hashml.sharing.share import Shared as Shared
+from hashml.sharing.share import from_geometry as from_geometry
+from hashml.sharing.share import share as share
+from hashml.sharing.stable_rps import gradient_scaler as gradient_scaler
+from hashml.sharing.stable_rps import scale_by_sharing as scale_by_sharing
+from hashml.sharing.stable_rps import scale_update_by_sharing as scale_update_by_sharing
+from hashml.sharing.stable_rps import scaler_weights as scaler_weights
+from hashml.sharing.stable_rps import sharing_sums as sharing_sums
+from hashml.sharing.stable_rps import slot_sums as slot_sums
+from hashml.sharing.stable_rps import unit_memory as unit_memory
+from hashml.sharing.stable_rps import update_scaler as update_scaler

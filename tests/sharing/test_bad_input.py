@@ -19,6 +19,7 @@ import jax, jax.numpy as jnp, numpy as np
 from hashml.hashing import Limbs, hash_slots, split64
 from hashml.sharing import *
 from hashml.sharing.budgets import resolve_budget
+import flax.linen as nn
 
 memory, key = np.ones(64, np.float32), jax.random.key(0)
 ids, pairs = np.array([1, 2, 3]), np.array([[1, 2], [3, 4]])
@@ -41,6 +42,30 @@ def tables(ids=pairs, kind=RobeTables, **how):
 def dense(x=np.ones((2, 6), np.float32), **how):
     return HashedDense(**{"features": 4, **how}).init_with_output(key, x)[0]
 
+class Mlp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(30)(nn.relu(nn.Dense(40)(x)))
+
+class Nothing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x
+
+features = np.ones((2, 20), np.float32)
+mlp = Mlp().init(key, features)
+
+def roast(x=features, features=40, **how):
+    return RoastDense(features, **{"tile": (4, 4), **how}).init_with_output(key, x)[0]
+
+def conv(shape=(1, 5, 5, 4), **how):
+    images = np.ones(shape, np.float32)
+    how = {"kernel_size": (3, 3), "budget": 64, "tile": (4, 4), **how}
+    return RoastConv(8, **how).init_with_output(key, images)[0]
+
+def roast_embed(ids=ids, **how):
+    return RoastEmbed(10, 8, **{"budget": 16, "tile": (1, 4), **how}).init_with_output(key, ids)[0]
+
 def outcome(call):
     try:
         jax.eval_shape(lambda: eval(call))  # traced: no program is compiled
@@ -52,6 +77,36 @@ print(json.dumps([outcome(call) for call in json.load(sys.stdin)]))
 """
 
 REFUSED = [
+    # layers in tiles
+    ("roast()", ValueError, "give exactly one of budget (got None) and compression (got None)"),
+    ("roast(compression=0.5)", ValueError, "compression is 0.5; it must be finite, and at least 1"),
+    ("roast(budget=15)", ValueError, "budget is 15; it must hold one tile at least, 4 x 4 = 16 weights"),
+    ("roast(compression=80)", ValueError, "budget is 10; it must hold one tile at least, 4 x 4 = 16 weights"),
+    ("roast(budget=64, tile=(0, 4))", ValueError, "tile[0] is 0; it must be at least 1"),
+    ("roast(budget=64, tile=16)", TypeError, "tile is 16; it must be a pair of ints"),
+    ("roast(budget=64, map='square')", ValueError, "map is 'square'; it must be 'tile' or 'fold'"),
+    ("roast(budget=64, sign='row')", ValueError, "sign is 'row'; it must be 'none', 'tile' or 'element'"),
+    ("roast(budget=64, align=7)", ValueError, "budget is 64; it must be a multiple of 7"),
+    ("roast(budget=64, offset=-1)", ValueError, "offset is -1; it must lie in 0"),
+    ("roast(budget=64, weight_std=0.0)", ValueError, "weight_std is 0.0; it must be positive and finite"),
+    ("roast(budget=64, features=0)", ValueError, "columns is 0; it must be at least 1"),
+    ("roast(memory=SharedMemory(64), budget=64)", ValueError, "memory is given, and so is budget (64)"),
+    ("roast(memory=SharedMemory(64), map='fold')", ValueError, "offset is None; a fold of a shared memory needs"),
+    ("roast(memory=SharedMemory(64, std=-1.0))", ValueError, "std is -1.0; it must be positive and finite"),
+    ("conv(feature_group_count=3)", ValueError, "feature_group_count is 3; it must divide the 4 input channels"),
+    ("conv(padding='CAUSAL')", ValueError, "padding is 'CAUSAL'; it must be 'SAME', 'VALID', ints or pairs"),
+    ("conv(strides=(1, 2, 3))", ValueError, "strides is (1, 2, 3); it must be an int, or one for each of 2"),
+    ("conv(shape=(5, 4))", ValueError, "x has shape (5, 4); kernel_size (3, 3) asks for 3 axes at least"),
+    ("roast_embed(tile=(2, 4))", ValueError, "tile is (2, 4); an embedding's is (1, Z), a block of one row"),
+    ("roast_embed(ids=jnp.ones(3))", TypeError, "ids has dtype float32; it must be an integer type"),
+    # whole models
+    ("share(Nothing(), {}, compression=2)", ValueError, "there is nothing to share"),
+    ("share(Mlp(), mlp, compression=0.5)", ValueError, "compression is 0.5; it must be finite, and at least 1"),
+    ("share(Mlp(), mlp)", ValueError, "give exactly one of budget (got None) and compression (got None)"),
+    ("share(Mlp(), mlp, budget=16, map='tile')", ValueError, "budget is 16; with map 'tile' it must hold 1024"),
+    ("share(Mlp(), mlp, budget=64, map='square')", ValueError, "map is 'square'; it must be 'fold', 'element'"),
+    ("share(Mlp(), mlp, compression=1000)", ValueError, "stay dense, so that it must be at most"),
+    ("share(Mlp(), mlp, budget=64, init_std=0.0)", ValueError, "init_std is 0.0; it must be positive and finite"),
     # compression and budget
     ("embed(compression=0.5)", ValueError, "compression is 0.5; it must be finite, and at least 1"),
     ("embed(compression='10')", TypeError, "compression is '10'; it must be a number"),

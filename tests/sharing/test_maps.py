@@ -26,6 +26,7 @@ MAPS = {
     "fold": lambda seed=0: sharing.fold_map(40, 24, 60, seed=seed),
     "fold, no sign": lambda seed=0: sharing.fold_map(40, 24, 61, seed=seed, sign="none", offset=7),
     "fold of tiles(8, 4)": lambda seed=0: sharing.fold_map(40, 24, 60, tile=(8, 4), seed=seed, offset=2**33 + 5),
+    "nested": lambda seed=0: sharing.nested_map(40, 24, 60, full_budget=480, seed=seed),
     "lma": lambda seed=0: sharing.lma_map(SIGNATURES, 24, 60, seed=seed),
     "one block fills the memory": lambda seed=0: sharing.block_map(40, 24, 24, block_size=24, seed=seed),
 }
@@ -182,6 +183,10 @@ ROW, COLUMN = (index.reshape(-1) for index in np.indices((8, 8)))
 # An 8 x 8 matrix in 16 weights, and which entries move together: they never meet.
 LAWS = {
     "element": (lambda seed: sharing.element_map(8, 8, BUDGET, seed=seed), 8 * ROW + COLUMN),
+    "nested": (
+        lambda seed: sharing.nested_map(8, 8, BUDGET, full_budget=4 * BUDGET, seed=seed),
+        8 * ROW + COLUMN,
+    ),
     "block(8)": (lambda seed: sharing.block_map(8, 8, BUDGET, block_size=8, seed=seed, sign="element"), ROW),
     "block(3), cut": (
         lambda seed: sharing.block_map(8, 8, BUDGET, block_size=3, seed=seed, sign="element"),

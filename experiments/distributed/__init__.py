@@ -1,0 +1,1 @@
+"""Training over devices that differ: what the papers claim, measured."""
