@@ -69,6 +69,8 @@ def _strips(geometry: TileGeometry, axis: int, most: int) -> _Strips:
     width = runs.start.shape[1] if axis == 0 else tiles
     number = (i * bk + row) * width + j
     most_broken = int(np.bincount(strip, minlength=count).max(initial=0))
+    # XLA turns a scatter of one run into a choice at every weight of the strip, twice as slow on a CPU.
+    most_broken = 2 if most_broken == 1 else most_broken
     broken = np.full((count, most_broken), _runs_of(geometry, axis, tiles), np.int32)
     for one in range(count):
         mine = np.sort(number[strip == one])
@@ -116,11 +118,7 @@ def _slots(geometry: TileGeometry, runs: _Runs, inside: Any) -> Any:
 def _first_slots(geometry: TileGeometry, runs: _Runs) -> Array:
     """First slots ``[rows of tiles, bk, columns of tiles, 1]`` of runs; broken ones' lie where a run fits."""
     inside = np.arange(geometry.tile[0], dtype=np.int32)[:, None] * np.int32(geometry.tile[1])
-    if geometry.map == "tile":  # no tile of this map is split
-        place = runs.start[:, None, :] + inside
-        place = jnp.where(place >= geometry.budget, place - geometry.budget, place)
-    else:
-        place = _slots(geometry, _Runs(*(array[:, None, :] for array in runs)), inside)
+    place = _slots(geometry, _Runs(*(array[:, None, :] for array in runs)), inside)
     return jnp.minimum(place, geometry.budget - geometry.tile[1])[..., None]
 
 
