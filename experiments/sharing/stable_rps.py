@@ -282,7 +282,8 @@ CLAIMS = (
     ),
     Claim(
         "continuous",
-        "At compression 1 the fold trains as the dense net: largest deviation of a weight over the largest weight",
+        "At compression 1 the fold trains as the dense net: largest deviation of a weight over the largest weight, "
+        "after the whole training in float32, which amplifies rounding",
         paper="Pareto-continuity (theorem)",
         measure=functools.partial(_continuous, map="fold", metric="deviation"),
         holds=lambda measured: measured.high < 0.01,
