@@ -106,7 +106,8 @@ def train_and_score(
             curves.append(_aucs(model, training.parameters(state, "embedding"), validation))
             index = int(np.argmax(curves[-1]))
             if curves[-1][index] > best[0]:
-                chosen = jax.tree.map(lambda leaf, i=index: leaf[i : i + 1], state)
+                # Copied: the slice of a single rate is the array itself, which the next steps are given to keep.
+                chosen = jax.tree.map(lambda leaf, i=index: jnp.copy(leaf[i : i + 1]), state)
                 best = (curves[-1][index], index, len(curves), training.parameters(chosen, "embedding"))
         if patience is not None and _stalled(np.array(curves), patience):
             break
