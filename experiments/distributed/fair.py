@@ -1,6 +1,6 @@
 """FAIR lets small devices take part in federated training of a recommender: what that is worth, and against what.
 
-    python -m experiments run distributed.fair      # about 7 minutes on 2 cores
+    python -m experiments run distributed.fair      # about 15 minutes on 2 cores
 
 NCF on MovieLens-1M. Every client is a user who likes many films, its device holds 1/1 to 1/64 of the item
 tables, and all are scored on the server's model: NDCG@20 over all films. Contenders share rounds, devices a
