@@ -204,9 +204,9 @@ def table(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def figure(rows: pl.DataFrame) -> Figure:
-    """Milliseconds of each contender, a panel a task and size, on a logarithmic axis."""
+    """Milliseconds of each contender, a panel a task and size."""
     sizes = rows.select("task", "width", "batch").unique(maintain_order=True).rows()
-    drawing, axes = new_figure(columns=2, rows=-(-len(sizes) // 2))
+    drawing, axes = new_figure(columns=2, rows=-(-len(sizes) // 2), width=10)
     for ax, (task, width, batch) in zip(axes, sizes, strict=False):
         part = rows.filter((pl.col("task") == task) & (pl.col("width") == width))
         names = part["method"].unique(maintain_order=True).to_list()[::-1]
@@ -216,7 +216,7 @@ def figure(rows: pl.DataFrame) -> Figure:
             color = "C0" if name in ("tile", "fold", "tile, no signs") else "C1" if name == "torch" else "0.6"
             ax.barh(place, median, color=color, xerr=[[median - lower], [upper - median]], capsize=2)
             ax.annotate(f" {median:.3g}", (upper, place), va="center", fontsize="small")
-        ax.set(xscale="log", xlabel="milliseconds", title=f"{TASKS[task]}, {width} x {width}, batch {batch}")
+        ax.set(xlabel="milliseconds", title=f"{TASKS[task]}, {width}, batch {batch}")
         ax.set_yticks(range(len(names)), labels=[LABELS[name] for name in names])
-        ax.set_xlim(right=ax.get_xlim()[1] * 3)
+        ax.set_xlim(0, ax.get_xlim()[1] * 1.15)
     return drawing

@@ -345,4 +345,6 @@ def _draw(ax: Any, rows: pl.DataFrame, x: str, name: str) -> None:
         .sort(x)
     )
     if not line.is_empty():
-        ax.errorbar(line[x], line["accuracy"], line["error"], marker="o", capsize=2, label=name)
+        # More lines than colours: the second round of them is dashed.
+        style = "-" if len(ax.containers) < 7 else "--"
+        ax.errorbar(line[x], line["accuracy"], line["error"], marker="o", linestyle=style, capsize=2, label=name)
