@@ -55,7 +55,7 @@ class Config:
     """Training rows used at most, a sixth of them for validation; all of them with None."""
     epochs: int = 3
     batch_size: int = 32
-    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01)
+    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     """Of Adam; searched for every contender and compression on the validation part."""
     widths: tuple[int, ...] = (2, 4, 8, 16, 32)
     """Of the small encoders; those are tried that leave room for 64 words at least."""
@@ -166,9 +166,11 @@ def shared(config: Config, data: str, method: str, compression: int) -> Shared:
     leaves: dict[Path, Any] = dict(flatten_dict(dense))  # pyright: ignore[reportArgumentType] paths of strings
     inside = {path: leaf.shape[1:] for path, leaf in leaves.items() if path[0] != "head" and leaf.ndim == 3}
     sizes = {path: int(np.prod(shape)) for path, shape in inside.items()}
-    tile = (1, 1) if method == "elements" else TILE.get(compression, (4, 4))
-    whole = sum(sizes.values()) // compression
+    # A memory of one leaf holds one tile at least; the memory of all holds as much as those together.
+    tile = TILE.get(compression, (4, 4))
     budgets = {path: max(size // compression, tile[0] * tile[1], BLOCK) for path, size in sizes.items()}
+    whole = sum(budgets.values())
+    tile = (1, 1) if method == "elements" else tile
     memory_std = config.features**-0.5
 
     memories, constants, scales = {}, {}, {}

@@ -46,11 +46,11 @@ class Config:
     """Weights of the kernels over weights stored; for Fashion-MNIST."""
     cifar_compressions: tuple[int, ...] = (10, 100)
     ltr_compressions: tuple[int, ...] = (10, 100, 1000)
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     """Peaks of the schedule, for dense and pruned nets; each contender has its search at each compression."""
-    rps_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    rps_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """The best one grows with compression."""
-    roast_rates: tuple[float, ...] = (0.0003, 0.003, 0.03, 0.3)
+    roast_rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
     """Without the scaler the best one falls with compression."""
     hidden: tuple[int, ...] = (256, 256)
     widths: tuple[int, ...] = (16, 32, 64)
