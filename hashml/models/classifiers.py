@@ -62,6 +62,7 @@ class ConvNet(nn.Module):
         widths: channels of each convolution.
         classes: outputs.
         use_bias, param_dtype: as in `MLP`.
+        convolution: in place of `lax.conv_general_dilated`, such as `hashml.models.convolution.patches_convolution`.
 
     Raises:
         ValueError: (when called) for no widths, one below 1, or an image that the pools reduce to nothing.
@@ -71,6 +72,7 @@ class ConvNet(nn.Module):
     classes: int = 10
     use_bias: bool = True
     param_dtype: Dtype = jnp.float32
+    convolution: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B classes"]:
@@ -81,7 +83,12 @@ class ConvNet(nn.Module):
         x = jnp.asarray(x)
         for width in self.widths:
             convolution = nn.Conv(
-                width, (3, 3), use_bias=self.use_bias, kernel_init=he_normal, param_dtype=self.param_dtype
+                width,
+                (3, 3),
+                use_bias=self.use_bias,
+                kernel_init=he_normal,
+                param_dtype=self.param_dtype,
+                conv_general_dilated=self.convolution,
             )
             x = nn.max_pool(nn.relu(convolution(x)), (2, 2), strides=(2, 2))
         head = _dense(self.classes, last=True, use_bias=self.use_bias, param_dtype=self.param_dtype)

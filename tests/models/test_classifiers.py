@@ -10,6 +10,7 @@ import pytest
 
 from hashml.models import classifiers
 from hashml.models.classifiers import MLP, ConvNet, ResNet
+from hashml.models.convolution import patches_convolution
 
 KEY = jax.random.key(0)
 
@@ -62,6 +63,39 @@ def test_convnet_equals_a_naive_loop():
     expected = pooled.reshape(-1) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
     y: Any = model.apply({"params": params}, x)
     np.testing.assert_allclose(y[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "padding"), [(3, 1, "SAME"), (3, 2, "SAME"), (1, 2, "VALID"), (5, 1, ((2, 1), (0, 3)))]
+)
+def test_a_convolution_of_patches_is_xlas(window, stride, padding):
+    x, weights = jnp.asarray(draw(2, 9, 7, 3)), jnp.asarray(draw(window, window, 3, 5, seed=1))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 1, "rhs_dilation": (1, 1)}
+
+    def both(convolution):
+        out, pull = jax.vjp(lambda x, w: convolution(x, w, (stride, stride), padding, **options), x, weights)
+        return out, *pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+    for found, expected in zip(both(patches_convolution), both(jax.lax.conv_general_dilated), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_that_are_no_product_of_patches_are_refused():
+    x, weights = jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2))
+    with pytest.raises(ValueError, match="rhs_dilation is .2, 2."):
+        patches_convolution(x, weights, (1, 1), "SAME", rhs_dilation=(2, 2))
+    with pytest.raises(ValueError, match="no groups"):
+        patches_convolution(x, weights, (1, 1), "SAME", feature_group_count=2)
+    with pytest.raises(ValueError, match="lhs has shape .4, 4, 2."):
+        patches_convolution(x[0], weights, (1, 1), "SAME")
+
+
+def test_convnet_with_either_convolution():
+    x = draw(2, 32, 32, 3)
+    variables = ConvNet().init(jax.random.key(0), x)
+    nets = ConvNet(convolution=patches_convolution), ConvNet()
+    found, expected = (jnp.asarray(net.apply(variables, x)) for net in nets)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_convnet_on_both_data_sets():
