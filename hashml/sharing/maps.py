@@ -248,41 +248,23 @@ def map_from_slots(
     """
     _check(rows, scale)
 
-    @jax.custom_vjp
+    # Rematerialised: the backward pass of either hashes again, and keeps ids alone.
+    @jax.checkpoint
     def expand_rows(memory: AnyArray, ids: Rows) -> Array:
-        memory = jnp.asarray(memory)
-        entries = memory[slots(ids).astype(jnp.int32)] * jnp.asarray(signs(ids), memory.dtype)
-        return entries if scale == 1.0 else entries * jnp.asarray(scale, memory.dtype)
+        if memory.shape != (budget,):
+            raise ValueError(f"memory has shape {memory.shape}; it must be ({budget},), the map's budget")
+        # In float32 at least, so that the gradient of a narrow memory is added up wide.
+        wide = jnp.asarray(memory, jnp.promote_types(memory.dtype, jnp.float32))
+        entries = wide.at[jnp.asarray(slots(ids)).astype(jnp.int32)].get(mode="clip") * signs(ids)
+        return (entries if scale == 1.0 else entries * jnp.asarray(scale, wide.dtype)).astype(memory.dtype)
 
-    @jax.custom_vjp
+    @jax.checkpoint
     def pull_rows(gradients: AnyArray, ids: Rows) -> Array:
-        signed = jnp.asarray(gradients).astype(jnp.float32) * signs(ids)
-        sums = jnp.zeros(budget, jnp.float32).at[slots(ids).astype(jnp.int32)].add(signed)
-        return sums if scale == 1.0 else sums * scale
+        signed = jnp.asarray(gradients, jnp.float32)
+        signed = (signed if scale == 1.0 else signed * jnp.float32(scale)) * signs(ids)
+        return jnp.zeros(budget, jnp.float32).at[jnp.asarray(slots(ids)).astype(jnp.int32)].add(signed, mode="drop")
 
-    def transpose(forward: Any, backward: Any) -> None:
-        def run(x: AnyArray, ids: Rows) -> tuple[Array, Any]:
-            return forward(x, ids), (ids, jnp.zeros(0, jnp.asarray(x).dtype))
-
-        def pull_back(residuals: Any, cotangent: Array) -> tuple[Array, None]:
-            ids, like = residuals
-            return backward(cotangent, ids).astype(like.dtype), None
-
-        forward.defvjp(run, pull_back)
-
-    transpose(expand_rows, pull_rows)
-    transpose(pull_rows, expand_rows)
-    return SharingMap(
-        rows=rows,
-        columns=columns,
-        budget=budget,
-        scale=scale,
-        expand_rows=expand_rows,
-        pull_rows=pull_rows,
-        slots=slots,
-        signs=signs,
-        geometry=geometry,
-    )
+    return SharingMap(rows, columns, budget, scale, expand_rows, pull_rows, slots, signs, geometry)
 
 
 def _check(rows: int, scale: float) -> None:

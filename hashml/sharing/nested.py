@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from hashml.hashing import Limbs, hash_slots
 from hashml.sharing.budgets import check_positive
-from hashml.sharing.maps import AnyArray, Rows, SharingMap
+from hashml.sharing.maps import AnyArray, Rows, SharingMap, map_from_slots
 from hashml_kernels import bits
 from hashml_kernels.hash_gather.geometry import Sign, id_limbs
 
@@ -118,7 +118,7 @@ def nested_map(
     fields = {"rows": rows, "columns": columns, "budget": budget, "full_budget": full_budget, "seed": seed}
     known = int(salt) if isinstance(salt, (int, np.integer)) else None
     geometry = {"map": "nested", **fields, "sign": sign, "scale": scale, "salt": known}
-    return _through_slots(rows, columns, budget, scale, slots, signs, geometry)
+    return map_from_slots(rows, columns, budget, slots, signs, geometry, scale=scale)
 
 
 def materialised_map(sharing: SharingMap) -> SharingMap:
@@ -132,36 +132,9 @@ def materialised_map(sharing: SharingMap) -> SharingMap:
     def known(table: Array) -> Callable[[Rows], Array]:
         return lambda ids: table.at[jnp.asarray(ids)].get(mode="promise_in_bounds")
 
-    shape = sharing.rows, sharing.columns, sharing.budget, sharing.scale
-    return _through_slots(*shape, known(slots), known(signs), {**sharing.geometry, "materialised": True})
-
-
-def _through_slots(
-    rows: int,
-    columns: int,
-    budget: int,
-    scale: float,
-    slots: Callable[[Rows], AnyArray],
-    signs: Callable[[Rows], AnyArray],
-    geometry: dict[str, Any],
-) -> SharingMap:
-    """The map that slots and signs define, an entry at a time."""
-
-    def expand_rows(memory: AnyArray, ids: Rows) -> Array:
-        if memory.shape != (budget,):
-            raise ValueError(f"memory has shape {memory.shape}; it must be ({budget},), the map's budget")
-        # In float32 at least, so that the gradient of a narrow memory is added up wide.
-        wide = jnp.asarray(memory, jnp.promote_types(memory.dtype, jnp.float32))
-        entries = wide.at[slots(ids).astype(np.int32)].get(mode="promise_in_bounds") * signs(ids)
-        return (entries if scale == 1.0 else entries * jnp.asarray(scale, wide.dtype)).astype(memory.dtype)
-
-    def pull_rows(gradients: AnyArray, ids: Rows) -> Array:
-        signed = jnp.asarray(gradients, jnp.float32)
-        signed = (signed if scale == 1.0 else signed * jnp.float32(scale)) * signs(ids)
-        places = slots(ids).astype(np.int32)
-        return jnp.zeros(budget, jnp.float32).at[places].add(signed, mode="promise_in_bounds")
-
-    return SharingMap(rows, columns, budget, scale, expand_rows, pull_rows, slots, signs, geometry)
+    shape = sharing.rows, sharing.columns, sharing.budget
+    geometry = {**sharing.geometry, "materialised": True}
+    return map_from_slots(*shape, known(slots), known(signs), geometry, scale=sharing.scale)
 
 
 def fold(sums: Float[AnyArray, " fine"] | Int[AnyArray, " fine"], budget: int) -> Array:

@@ -16,17 +16,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hashml.sharing.budgets import check_positive
 from hashml.sharing.fold import FoldSpan, fold_expand, fold_load
 from hashml.sharing.maps import AnyArray
-from hashml_kernels import bits
+from hashml_kernels import bits, hashed_matmul
 from hashml_kernels.hash_gather import BlockGeometry, hash_gather, reference
-from hashml_kernels.hashed_matmul.geometry import TileGeometry, sign_bits, tile_positions, tile_runs
+from hashml_kernels.hashed_matmul.geometry import TileGeometry, tile_runs
 
 ModelMap = Literal["fold", "element", "block", "tile"]
 ModelSign = Literal["element", "none"]
@@ -93,7 +91,7 @@ class Placement:
         if self.map == "fold":
             return fold_expand(memory, offset=offset, size=size, seed=self.seed, sign=self.sign).reshape(shape)
         if self.map == "tile":
-            return _expand_tiles(jnp.asarray(memory), self._tiles(shape, offset)).reshape(shape)
+            return hashed_matmul.expand(memory, self._tiles(shape, offset)).reshape(shape)
         rows = -(-size // self.run)
         entries = hash_gather(memory, self._row_ids(offset, 0, rows), features=self.run, **self._options())
         return entries.reshape(-1)[:size].reshape(shape)
@@ -139,19 +137,3 @@ class Placement:
 
     def _options(self) -> dict[str, Any]:
         return {"block_size": self.run, "seed": self.seed, "sign": self.sign}
-
-
-def _expand_tiles(memory: Array, tiles: TileGeometry) -> Array:
-    """The matrix ``rows x columns``, a slice of the memory a tile."""
-    bk, bn = tiles.tile
-    circular = jnp.concatenate([memory, memory[: tiles.tile_size - 1]])
-    starts = jnp.asarray(tile_runs(tiles).start.reshape(-1))
-    slabs = jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(circular, start, tiles.tile_size))(starts)
-    slabs = slabs.reshape(*tiles.grid, bk, bn)
-    if tiles.sign != "none":
-        first = jax.tree.map(lambda limb: jnp.asarray(limb)[..., None, None], tile_positions(tiles))
-        inside = jax.lax.broadcasted_iota(np.uint32, (bk, bn), 0) * np.uint32(bn)
-        inside = inside + jax.lax.broadcasted_iota(np.uint32, (bk, bn), 1)
-        slabs = jnp.where(sign_bits(tiles, first, inside) == 0, slabs, -slabs)
-    whole = slabs.swapaxes(1, 2).reshape(tiles.grid[0] * bk, tiles.grid[1] * bn)
-    return whole[: tiles.rows, : tiles.columns]

@@ -6,7 +6,7 @@ that an array waits for the activations it meets, and what a gradient needs is k
 
     y = op(x, expand(memory))   to   y = op(x, expand(memory after x)),   dx, dmemory: expand(memory after dy)
 
-where "after" is an optimisation barrier: it changes no number. The gradient of an operation keeps its other
+where "after" is a dependency on data that changes no number. The gradient of an operation keeps its other
 operands and the memory. What only reshapes, casts or transposes an expanded array is repeated with it. An array
 that enters a loop (`flax.linen.scan` over layers) is expanded whole. Forward mode is not there.
 """
