@@ -90,9 +90,17 @@ class ConvNet(nn.Module):
                 param_dtype=self.param_dtype,
                 conv_general_dilated=self.convolution,
             )
-            x = nn.max_pool(nn.relu(convolution(x)), (2, 2), strides=(2, 2))
+            x = _max_pool(nn.relu(convolution(x)))
         head = _dense(self.classes, last=True, use_bias=self.use_bias, param_dtype=self.param_dtype)
         return head(x.reshape(len(x), -1))
+
+
+def _max_pool(x: Array) -> Array:
+    """Maxima of 2x2 windows; an odd last row or column is left out. Its gradient is twice as fast as
+    `flax.linen.max_pool`'s on a CPU, which scatters."""
+    batch, height, width, channels = x.shape
+    even = x[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
 class ResNet(nn.Module):
