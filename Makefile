@@ -39,7 +39,7 @@ test-newer: ## the test-suite under a newer Python with the newest jax, where th
 	[ -e .venv-newer/.test -a .venv-newer/.test -nt pyproject.toml ] || { \
 		"$$newer" -m venv --clear .venv-newer && \
 		.venv-newer/bin/python -m pip install --quiet --upgrade pip && \
-		.venv-newer/bin/python -m pip install --quiet -e ".[experiments,test,notebooks]" && \
+		.venv-newer/bin/python -m pip install --quiet -e ".[experiments,test,reference,notebooks]" && \
 		touch .venv-newer/.test; } && \
 	.venv-newer/bin/python -m pytest -n $(WORKERS) --dist loadscope -q
 
@@ -74,7 +74,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	@echo "installing hashml, its experiments and its test tools into $(VENV)"
-	$(BIN)/python -m pip install --quiet -e ".[experiments,test,notebooks]"
+	$(BIN)/python -m pip install --quiet -e ".[experiments,test,reference,notebooks]"
 	@touch $@ $(VENV)/.demo
 
 .venv-aot/.ready: pyproject.toml

@@ -1,7 +1,16 @@
-"""Models that take their embedding as an argument, and the steps that train them."""
+"""Models that take their embedding, attention or cache as an argument, and the steps that train them."""
 
 from hashml.models.classifiers import ConvNet as ConvNet
 from hashml.models.classifiers import ResNet as ResNet
+from hashml.models.convolution import patches_convolution as patches_convolution
+from hashml.models.decoder import Decoder as Decoder
+from hashml.models.decoder import DecoderConfig as DecoderConfig
+from hashml.models.decoder import DecoderModel as DecoderModel
+from hashml.models.decoder import decoder_model as decoder_model
+from hashml.models.decoder import init_params as init_params
+from hashml.models.decoder_checkpoints import LoadedDecoder as LoadedDecoder
+from hashml.models.decoder_checkpoints import load_decoder as load_decoder
+from hashml.models.decoder_checkpoints import save_decoder as save_decoder
 from hashml.models.dlrm import DLRM as DLRM
 from hashml.models.dlrm import KAGGLE as KAGGLE
 from hashml.models.dlrm import MLP as MLP
@@ -13,6 +22,13 @@ from hashml.models.dlrm import cat_interaction as cat_interaction
 from hashml.models.dlrm import dot_interaction as dot_interaction
 from hashml.models.dlrm import sum_bags as sum_bags
 from hashml.models.encoder import TextEncoder as TextEncoder
+from hashml.models.exact_attention import causal_attention as causal_attention
+from hashml.models.exact_attention import masked_attention as masked_attention
+from hashml.models.generation import Engine as Engine
+from hashml.models.generation import full_engine as full_engine
+from hashml.models.generation import generate as generate
+from hashml.models.generation import stream as stream
+from hashml.models.llama2c import load_llama2c as load_llama2c
 from hashml.models.ncf import NCF as NCF
 from hashml.models.ncf import BPRBatch as BPRBatch
 from hashml.models.ncf import NCFHead as NCFHead
@@ -24,6 +40,11 @@ from hashml.models.ncf import ncf_bpr_loss as ncf_bpr_loss
 from hashml.models.ncf import sample_negatives as sample_negatives
 from hashml.models.ncf import squared_norms as squared_norms
 from hashml.models.ncf import table_init as table_init
+from hashml.models.rotary import Rotary as Rotary
+from hashml.models.sampling import Sampling as Sampling
+from hashml.models.sampling import sample as sample
+from hashml.models.tokenization import Tokenizer as Tokenizer
+from hashml.models.tokenization import load_tokenizer as load_tokenizer
 from hashml.models.training import TrainState as TrainState
 from hashml.models.training import data_parallel_step as data_parallel_step
 from hashml.models.training import data_parallel_value_and_grad as data_parallel_value_and_grad

@@ -1,0 +1,34 @@
+"""Nothing is dropped: the full cache, and the policy under every codec that is studied alone."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hashml.kvcache.contract import Policy, PolicyState, PrefillStatistics
+
+if TYPE_CHECKING:
+    from hashml.kvcache.spec import LayerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepAll(Policy):
+    """Slots fill up in order. A token more than ``slots`` overwrites the oldest main slot, so a server asks first."""
+
+    @property
+    def head_uniform(self) -> bool:
+        return True
+
+    @property
+    def append_only(self) -> bool:
+        return True
+
+    def init(self, spec: "LayerSpec", batch: int) -> PolicyState:
+        return {}
+
+    def from_prefill(self, spec: "LayerSpec", statistics: PrefillStatistics, key: Array) -> tuple[Array, PolicyState]:
+        return statistics.pos[:, None].astype(jnp.float32), {}
+
+    def score(self, spec: "LayerSpec", state: PolicyState, pos: Array, now: Array) -> Array:
+        return pos.astype(jnp.float32)
