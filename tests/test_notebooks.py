@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from experiments.data.files import DataNotFound
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = sorted((ROOT / "notebooks").glob("*.py"))
 RENDERINGS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -35,7 +37,10 @@ class Script(NamedTuple):
 def script(request) -> Script:
     pytest.importorskip("matplotlib", reason="notebooks draw with matplotlib, of the extra [experiments]")
     pytest.importorskip("IPython", reason="notebooks show their figures with IPython, of the extra [notebooks]")
-    return run(request.param)
+    try:
+        return run(request.param)
+    except DataNotFound as error:
+        pytest.skip(str(error))
 
 
 def run(path: Path) -> Script:

@@ -160,8 +160,9 @@ def _policy(kind: str, kept: int, capacity: int, sinks: int, *, exact: bool) -> 
                 return queries, AdaKV(queries=queries, base=1), sinks
             return queries, SnapKV(queries=queries), sinks
         case "scissorhands":
-            drop = max(1, kept // 4)
-            return few, Scissorhands(queries=min(400, max(16, kept)), drop=min(drop, kept - few)), sinks
+            # A history as long as the cache makes the counter grow with age, and the policy a window.
+            drop = min(max(1, kept // 4), kept - few)
+            return few, Scissorhands(queries=min(400, max(8, kept // 3)), drop=drop), sinks
         case "keyformer":
             return max(1, round(0.3 * kept)), Keyformer(new_tokens=max(1, capacity - kept)), sinks
         case "corm":

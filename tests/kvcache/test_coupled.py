@@ -182,12 +182,13 @@ TABLE = {  # held-out mean squared error a value at one bit a channel, c = 1, 2,
 
 @pytest.mark.parametrize("rho", TABLE)
 def test_errors_at_one_bit_fall_with_coupling_as_correlation_says(rho):
+    """With 8192 tokens to learn from; twice as many lower the error at c = 8 by 1 to 3 %, and leave the others."""
     n = 8192
     errors, spread = [], []
     for channels in (1, 2, 4, 8):
         codec = Coupled(channels, channels)
         train, test = (autoregressive(n, 16, rho, seed) for seed in (10, 11))
-        params = learn_coupled(KEY, codec, train, iterations=30)
+        params = learn_coupled(KEY, codec, train)
         x = jnp.asarray(test).transpose(1, 0, 2)[None]
         state = CodecState(quantise(codec, params, x), {})
         token = np.asarray(((codec.decode(params, state) - x) ** 2).mean(-1))[0, 0]
