@@ -20,8 +20,8 @@ LLAMA_7B = DecoderConfig(
 TOKENS = 4096
 METHODS = (
     "full", "int8", "int4:128", "int4", "kivi:4", "kivi:2", "kvquant:3o1", "coupled:4c8b", "coupled:8c8b",
-    "think:0.4", "streaming@0.2", "h2o@0.2", "tova@0.2", "snapkv@0.2", "pyramidkv@0.2", "adakv@0.2", "scissorhands@0.2",
-    "keyformer@0.2", "corm@0.2", "scissorhands@0.2+int4", "h2o@0.2+coupled:8c8b", "snapkv@0.25+think:0.4",
+    "think:0.4", "streaming@0.2", "h2o@0.2", "tova@0.2", "snapkv@0.2", "pyramidkv@0.2", "adakv@0.2",
+    "scissorhands@0.2", "keyformer@0.2", "corm@0.2", "scissorhands@0.2+int4", "h2o@0.2+coupled:8c8b", "snapkv@0.25+think:0.4",
 )  # fmt: skip
 MARKS = "<!-- table of caches: tools/readme_tables.py -->\n", "<!-- end of the table of caches -->\n"
 
@@ -32,7 +32,7 @@ def cache_table() -> str:
     dense = 2 * LLAMA_7B.layers * LLAMA_7B.kv_heads * LLAMA_7B.head_dim * 2
     for name in METHODS:
         layers = cache_layers(name, LLAMA_7B, TOKENS, dtype="bfloat16")
-        size = sum(bytes_per_token(layer, 1, TOKENS) for layer in layers)
+        size = bytes_per_token(layers, TOKENS)
         kept = sum(_kept(layer) for layer in layers) / len(layers)
         lines.append(f"| `{name}` | {min(kept, TOKENS):,.0f} | {size:,.0f} | {size / dense:.1%} |")
     return "\n".join(lines) + "\n"

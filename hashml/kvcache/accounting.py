@@ -9,6 +9,7 @@ no token: what a paged layout could free. Codec tables are parameters and have t
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,9 +51,8 @@ def cache_bytes(spec: CacheSpec, cache: Cache, tables: Any = ()) -> CacheBytes:
     """
     allocated: dict[str, int] = {part: 0 for part in PARTS}
     logical: dict[str, Any] = {part: jnp.zeros(()) for part in PARTS}
-    shared = (
-        stored_bytes((cache.length, cache.head, cache.step, jax.random.key_data(cache.key))) if _real(cache) else 0
-    )
+    key = jax.eval_shape(jax.random.key_data, cache.key)
+    shared = stored_bytes((cache.length, cache.head, cache.step, key))
     shared += stored_bytes(cache.previous)
     allocated["index"] += shared
     logical["index"] = logical["index"] + shared
@@ -65,14 +65,10 @@ def cache_bytes(spec: CacheSpec, cache: Cache, tables: Any = ()) -> CacheBytes:
     return CacheBytes(allocated, logical, stored_bytes(tables))
 
 
-def bytes_per_token(spec: LayerSpec, layers: int, tokens: int) -> float:
-    """Allocated bytes that each of ``tokens`` seen tokens takes in a cache of equal layers, a row of the batch."""
-    shape = jax.eval_shape(lambda: init(CacheSpec((spec,) * layers, 1), jax.random.key(0)))
-    return cache_bytes(CacheSpec((spec,) * layers, 1), shape).total / tokens
-
-
-def _real(cache: Cache) -> bool:
-    return not isinstance(cache.length, jax.ShapeDtypeStruct)
+def bytes_per_token(layers: Sequence[LayerSpec], tokens: int) -> float:
+    """Allocated bytes of a cache of one row, for each of the ``tokens`` it has seen; nothing is allocated."""
+    spec = CacheSpec(tuple(layers), 1)
+    return cache_bytes(spec, jax.eval_shape(lambda: init(spec, jax.random.key(0)))).total / tokens
 
 
 def _filled(spec: LayerSpec, layer: LayerCache) -> tuple[Any, Any]:

@@ -213,7 +213,7 @@ def test_bytes_of_a_token_at_llamas_size_are_the_papers():
         parts = cache_bytes(CacheSpec((bare,), 1), shapes).allocated
         stored = parts["payload"] + parts["scales"]
         assert 32 * stored / 4096 == size, name
-        assert bytes_per_token(bare, 32, 4096) > size
+        assert bytes_per_token([bare] * 32, 4096) > size
 
 
 def test_every_named_cache_generates_and_the_same_seed_the_same_text():
