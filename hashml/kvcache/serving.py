@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hashml.kvcache.attending import attend, observe, stored_keys
 from hashml.kvcache.eviction import append, evict
+from hashml.kvcache.fused import fused_attend, is_fused
 from hashml.kvcache.prefill import prefill_layer
 from hashml.kvcache.spec import CacheSpec
 from hashml.kvcache.state import Cache, LayerCache, LayerTables
@@ -103,6 +104,8 @@ def decode_step(
         def attend_cache(q: Array, k: Array, v: Array, index=index, layer=layer, known=known, own=own) -> tuple:
             held = evict(layer, known, cache.layers[index], cache.head, cache.length)
             held = append(layer, known, held, cache.head, stored_keys(layer, k, pos), v, pos, cache.length)
+            if is_fused(layer, count):
+                return fused_attend(layer, known, held, q, pos), held
             out, attention = attend(layer, known, held, q, pos)
             return out, observe(layer, held, attention, own, cache.step)
 
