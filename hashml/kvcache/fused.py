@@ -8,7 +8,9 @@ TPUs; elsewhere XLA reads the store by blocks, so that a decoded cache never exi
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from hashml.kvcache.contract import Codec, CodecState, Policy
@@ -47,27 +49,44 @@ def fused_attend(
         if spec.rope == "read":
             window = spec.rotary.rotate(window.astype(jnp.float32), layer.window_pos[:, None])
             rotation = (jnp.asarray(spec.rotary.frequencies(spec.head_dim)), spec.rotary.pairs)
-    exact: dict[str, Any] = {
-        "window_keys": window,
-        "window_values": layer.window_values,
-        "window_pos": layer.window_pos,
-    }
     keys, values = _format(spec.key_codec), _format(spec.value_codec)
     assert keys is not None
     assert values is not None
-    out, _ = kernel.cache_decode(
+
+    def read(q: Array, keys_of: Any, values_of: Any, pos: Array, now: Array, exact: dict[str, Array]) -> Array:
+        formats = {"key_format": keys, "value_format": values, "rotation": rotation}
+        options: Any = {**formats, "sliding_window": spec.sliding_window, **exact}
+        return kernel.cache_decode(q, keys_of, values_of, pos, now, **options)[0]
+
+    exact = {"window_keys": window, "window_values": layer.window_values, "window_pos": layer.window_pos}
+    operands = (
         turned[:, :, 0].astype(jnp.float32) / math.sqrt(spec.head_dim),
         _leaves(layer.keys, tables.keys),
         _leaves(layer.values, tables.values),
         layer.pos,
         query_pos[:, 0],
-        key_format=keys,
-        value_format=values,
-        rotation=rotation,
-        sliding_window=spec.sliding_window,
-        **(exact if spec.window else {}),
+        exact if spec.window else {},
     )
-    return out[:, :, None].astype(q.dtype)
+    if spec.heads_axis is not None:
+        places = _places(spec, spec.heads_axis, operands)
+        # Kernels have no rule for axes that vary over devices, and nothing here crosses them.
+        read = jax.shard_map(read, in_specs=places, out_specs=P(None, spec.heads_axis), check_vma=False)
+    return read(*operands)[:, :, None].astype(q.dtype)
+
+
+def _places(spec: LayerSpec, axis: str, operands: tuple) -> tuple:
+    """Where heads stand in each operand."""
+    heads, everywhere = P(None, axis), P()
+
+    def store(leaves: Any) -> Any:
+        if isinstance(leaves, kernel.Coupled):
+            return kernel.Coupled(heads, P(axis))
+        return jax.tree.map(lambda _: heads, leaves)
+
+    _, keys, values, _, _, exact = operands
+    pos = everywhere if spec.head_pos == 1 else heads
+    ring = {name: everywhere if name == "window_pos" else heads for name in exact}
+    return heads, store(keys), store(values), pos, everywhere, ring
 
 
 def _format(

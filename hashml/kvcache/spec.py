@@ -29,6 +29,8 @@ class LayerSpec:
         prompt_slots: main slots that a prompt fills at most; None: all. Those beyond are for later tokens, where a
             policy compresses the prompt alone (SnapKV).
         sliding_window: a query sees this many last positions at most, as its model was trained; None: all.
+        heads_axis: axis of the ambient mesh (`jax.set_mesh`) over whose devices heads are spread. Compilers split all
+            but the fused read of a large store, which has to be told; None: one device, or no fused read.
         gqa: how a policy sums up the query heads of a key head.
         dtype: of the window, and of dense stores; a name.
         page_size: tokens of a page; None for a layout in slots.
@@ -52,6 +54,7 @@ class LayerSpec:
     sinks: int = 0
     prompt_slots: int | None = None
     sliding_window: int | None = None
+    heads_axis: str | None = None
     gqa: Literal["mean", "max", "sum"] = "mean"
     dtype: str = "float32"
     page_size: int | None = None

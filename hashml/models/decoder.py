@@ -173,8 +173,18 @@ def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B n"]) -> F
 
 
 def layer_params(params: Params, index: int | Int[Array, ""]) -> Params:
-    """Parameters of one layer."""
-    return jax.tree.map(lambda leaf: leaf[index], params["layers"])
+    """Parameters of one layer, of layers along an axis or in a tuple (`unstacked`)."""
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return layers[index]
+    return jax.tree.map(lambda leaf: leaf[index], layers)
+
+
+def unstacked(params: Params) -> Params:
+    """The same parameters with ``"layers"`` a tuple: for programs that unroll layers, such as a decode step, where a
+    slice of a stack may be a copy."""
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return params | {"layers": tuple(layer_params(params, index) for index in range(count))}
 
 
 def layer(

@@ -173,6 +173,10 @@ def kept(seen_pos: np.ndarray) -> list[int]:
     return sorted(int(p) for p in seen_pos if p >= 0)
 
 
+def names(suited) -> list[str]:
+    return [name for name, spec in MEMBERS.items() if suited(spec)]
+
+
 every = pytest.mark.parametrize("name", MEMBERS)
 
 
@@ -204,12 +208,13 @@ def test_a_row_does_not_see_the_others(name):
     np.testing.assert_array_equal(seen["out"][:, 1], again["out"][:, 1])
 
 
-@every
+@pytest.mark.parametrize("name", names(lambda spec: spec.granularity == 1))
 def test_attention_is_that_of_a_full_cache_under_a_mask_of_the_same_decisions(name):
-    """A naive loop: every token's key and value as they are stored, softmax over those that are kept."""
+    """A naive loop: every token's key and value as they are stored, softmax over those that are kept.
+
+    Not where the scales of a block depend on which tokens left together.
+    """
     spec, (layer, seen) = MEMBERS[name], result(name)
-    if max(spec.key_codec.granularity, spec.value_codec.granularity) > 1:
-        pytest.skip("the scales of a block depend on which tokens left together")
     q, k, v = (np.asarray(x) for x in stream())
     tables, pos = tables_of(spec), np.asarray(seen["pos"])
     for row, length in enumerate(LENGTHS):
@@ -262,13 +267,15 @@ def rotated(x, at):
     return np.asarray(Rotary().rotate(jnp.asarray(x)[None, None], jnp.asarray(at)[None, None]))[0, 0]
 
 
-@every
+def one_by_one(spec: LayerSpec) -> bool:
+    """A single token leaves the window and fights for a slot; none leave in bulk, expire, or have a head's cap."""
+    in_groups = isinstance(spec.policy, AdaKV | Corm | ScissorhandsRelease | Scissorhands)
+    return spec.flush == 1 and spec.window > 0 and spec.slots > 0 and not in_groups
+
+
+@pytest.mark.parametrize("name", names(one_by_one))
 def test_what_is_kept_scores_no_less_than_what_is_dropped(name):
     spec, (_, seen) = MEMBERS[name], result(name)
-    if spec.granularity > 1 or spec.flush > 1 or not spec.window or not spec.slots or isinstance(spec.policy, AdaKV):
-        pytest.skip("a single token leaves, and fights for a slot, in the others")
-    if isinstance(spec.policy, Corm | ScissorhandsRelease | Scissorhands) and spec.policy.bulk(spec) != 1:
-        pytest.skip("tokens leave in bulk, or expire")
     pos, before, scores = (np.asarray(seen[x]) for x in ("pos", "before", "scores"))
     dropped_any = 0
     for step, row, head in np.ndindex(STEPS, 2, spec.head_pos):
@@ -304,11 +311,14 @@ def test_the_order_of_slots_changes_nothing(name):
     np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in MEMBERS if name.endswith("+keep-all")])
+def is_streaming(spec: LayerSpec) -> bool:
+    """Where neither scales of blocks, nor channels that a prompt chooses, depend on where the prompt ends."""
+    return isinstance(spec.policy, KeepAll) and spec.granularity == 1 and not isinstance(spec.key_codec, ThinK)
+
+
+@pytest.mark.parametrize("name", names(is_streaming))
 def test_a_longer_prompt_or_more_steps_is_one(name):
     spec = MEMBERS[name]
-    if spec.granularity > 1 or spec.key_codec.init(1, 1, 4, WIDTH, jnp.float32).fixed:
-        pytest.skip("scales of blocks, and channels that a prompt chooses, depend on where the prompt ends")
     q, k, v = stream()
     tables, pos = tables_of(spec), np.arange(PROMPT + STEPS, dtype=np.int32)[None]
     q, k, v = (jnp.asarray(x[:1]) for x in (q, k, v))

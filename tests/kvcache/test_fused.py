@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from hashml.kvcache.attending import attend
 from hashml.kvcache.contract import Codec
@@ -83,3 +84,20 @@ def test_no_decoded_store_exists():
     decoded = HEADS * 2**20 * WIDTH * 4
     assert temporary(attend) >= decoded
     assert temporary(fused_attend) < decoded / 8
+
+
+@pytest.mark.parametrize("name", ["int4", "kivi", "coupled"])
+def test_heads_over_devices_are_one_device(name):
+    if jax.device_count() < 2:
+        pytest.skip("wants 2 devices")
+    spec, tables = CASES[name], LayerTables(BOOKS, BOOKS)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, heads, TOKENS, WIDTH)), jnp.float32) for heads in (4, 2, 2))
+    pos = jnp.broadcast_to(jnp.arange(TOKENS, dtype=jnp.int32), (2, TOKENS))
+    layer = prefill_layer(spec, tables, q, k, v, pos, jax.random.key(0))
+    expected = fused_attend(spec, tables, layer, q[:, :, -1:], pos[:, -1:])
+    spread = dataclasses.replace(spec, heads_axis="heads")
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:2]), ("heads",))):
+        found = jax.jit(lambda *args: fused_attend(spread, *args))(tables, layer, q[:, :, -1:], pos[:, -1:])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert {shard.data.shape[1] for shard in found.addressable_shards} == {2}
