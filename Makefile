@@ -46,6 +46,7 @@ test-newer: ## the test-suite under a newer Python with the newest jax, where th
 aot: .venv-aot/.ready ## compile every kernel for an H200 and a TPU v5e, here, without either
 	PYTHONPATH=kernels .venv-aot/bin/python -m aot --check
 	.venv-aot/bin/python -m experiments.sharing.pss_pod
+	.venv-aot/bin/python -m experiments.kvcache.serving_pod --layers 2
 
 bench: $(VENV)/.demo ## time the kernels' ops on this machine's device
 	PYTHONPATH=kernels $(BIN)/python -m bench

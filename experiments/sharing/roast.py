@@ -380,5 +380,5 @@ def figure(rows: pl.DataFrame) -> Figure:
             )
             ax.errorbar(line["compression"], line["accuracy"], line["error"], marker="o", capsize=3, label=label)
         ax.set(xscale="log", xlabel="compression of layers and tables", ylabel="test accuracy, %", title=TITLES[name])
-        ax.legend()
+        ax.legend(frameon=True, framealpha=0.9, edgecolor="none")
     return drawing

@@ -1,0 +1,138 @@
+"""A decode step of Llama-7B over a one-bit cache, compiled here for chips that are not here.
+
+    python -m experiments.kvcache.serving_pod        # in the environment of `make aot`, which compiles 2 of 32 layers
+
+CQ-8c8b stores 32 KiB a token where bfloat16 takes 512 KiB. So 32 rows of 32,768 tokens fit on four TPU v5e chips of
+16 GB, and 64 on one H200, weights, codebooks and the exact window included; the dense cache alone would be 16 times
+as much. The compiler says what the step needs, a chip.
+"""
+
+import argparse
+import functools
+import json
+import os
+
+# Before jax is imported: no accelerator is at hand, libtpu would look for a metadata server, and it would
+# refuse to load while another process compiles with it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hashml.accounting import stored_bytes
+from hashml.kvcache import CacheSpec, LayerSpec, LayerTables, cache_shardings, decode_step, init
+from hashml.kvcache.coupled import Coupled
+from hashml.kvcache.full import KeepAll
+from hashml.models.decoder import DecoderConfig, decoder_model, init_params, unstacked
+
+LLAMA_7B = DecoderConfig(vocabulary=32_000, features=4096, layers=32, heads=32, kv_heads=32, head_dim=128,
+                         hidden=11_008, tied=False, context=32_768)  # fmt: skip
+TOKENS, WINDOW = 32_768, 32
+H200 = Path(__file__).resolve().parents[2] / "kernels" / "aot" / "h200.txtpb"
+TARGETS = {"v5e:2x2": (32, 16e9), "h200": (64, 141e9)}
+"""Rows, and bytes of a chip."""
+_COLUMNS = ("query", "key", "value", "gate", "up")
+_ROWS = ("output", "down")
+
+
+def compile_step(target: str, layers: int = LLAMA_7B.layers) -> dict[str, Any]:
+    """Compile a step for a target; what it needs, a chip.
+
+    Raises:
+        RuntimeError: where it does not fit, or the cache is not updated in place.
+    """
+    rows, chip_bytes = TARGETS[target]
+    config = DecoderConfig(**{**LLAMA_7B.__dict__, "layers": layers})
+    mesh = Mesh(np.array(_devices(target)), ("heads",))
+    codec = Coupled(8, 8)
+    layer = LayerSpec(kv_heads=config.kv_heads, query_heads=config.heads, head_dim=config.head_dim, slots=TOKENS,
+                      window=WINDOW, key_codec=codec, value_codec=codec, policy=KeepAll(), rotary=config.rotary,
+                      rope="read", dtype="bfloat16", heads_axis="heads" if mesh.size > 1 else None)  # fmt: skip
+    spec = CacheSpec((layer,) * layers, rows)
+    cache = jax.eval_shape(lambda: init(spec, jax.random.key(0)))
+    params = jax.eval_shape(lambda: unstacked(init_params(jax.random.key(0), config, jnp.bfloat16)))
+    book = jax.ShapeDtypeStruct((config.kv_heads, config.head_dim // 8, 256, 8), jnp.float16)
+    tables = (LayerTables({"codebook": book}, {"codebook": book}),) * layers
+
+    def placed(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
+        )
+
+    def weight(path: Any, _: Any) -> NamedSharding:
+        name = path[-1].key
+        return NamedSharding(mesh, P(None, "heads") if name in _COLUMNS else P("heads") if name in _ROWS else P())
+
+    held = cache_shardings(cache, mesh, "heads")
+    everywhere, by_head = NamedSharding(mesh, P()), NamedSharding(mesh, P("heads"))
+    step = jax.jit(
+        functools.partial(_step, decoder_model(config), spec), donate_argnums=2, out_shardings=(everywhere, held)
+    )
+    arguments = (
+        placed(params, jax.tree_util.tree_map_with_path(weight, params)),
+        placed(tables, jax.tree.map(lambda _: by_head, tables)),
+        placed(cache, held),
+        jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=everywhere),
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = step.lower(*arguments).compile()
+    memory: Any = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    used -= memory.alias_size_in_bytes
+    dense = 2 * 2 * layers * config.kv_heads * config.head_dim * TOKENS * rows // mesh.size
+    found = {
+        "target": target,
+        "chips": mesh.size,
+        "rows": rows,
+        "tokens": TOKENS,
+        "weight_bytes": sum(
+            stored_bytes(leaf) // (mesh.size if leaf.sharding.spec else 1) for leaf in jax.tree.leaves(arguments[0])
+        ),
+        "cache_bytes": stored_bytes(cache.layers) // mesh.size,
+        "codebook_bytes": stored_bytes(tables) // mesh.size,
+        "temporary_bytes": int(memory.temp_size_in_bytes),
+        "bytes_a_chip": int(used),
+        "dense_cache_bytes": dense,
+    }
+    if used >= chip_bytes:
+        raise RuntimeError(f"{used / 1e9:.2f} GB a chip do not fit into {chip_bytes / 1e9:g} GB: {found}")
+    if memory.alias_size_in_bytes < 0.98 * found["cache_bytes"]:
+        raise RuntimeError(f"{memory.alias_size_in_bytes} bytes are updated in place, not all of the cache: {found}")
+    if layers == LLAMA_7B.layers and dense < chip_bytes:
+        raise RuntimeError(f"the dense cache would fit as well: {found}")
+    return found
+
+
+def _step(model: Any, spec: CacheSpec, params: Any, tables: Any, cache: Any, token: Any) -> Any:
+    return decode_step(model, spec, tables, params, cache, token)
+
+
+def _devices(target: str) -> list[Any]:
+    if target != "h200":
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
+    options = {"topology": "1x1x1", "target_config": H200.read_text()}
+    return list(topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", **options).devices)[:1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=tuple(TARGETS), action="append", help="what to compile for; default: all")
+    parser.add_argument("--layers", type=int, default=LLAMA_7B.layers, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON each")
+    options = parser.parse_args()
+    for target in options.target or TARGETS:
+        found = compile_step(target, options.layers)
+        print(json.dumps(found) if options.json else "\n".join(f"{n:18} {v}" for n, v in found.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
