@@ -264,7 +264,10 @@ def through(codec, params, fixed, x):
 
 
 def rotated(x, at):
-    return np.asarray(Rotary().rotate(jnp.asarray(x)[None, None], jnp.asarray(at)[None, None]))[0, 0]
+    """RoPE in NumPy: channels i and i + D / 2 turn by ``at * 10000 ** (-2 i / D)``."""
+    angles = np.asarray(at)[:, None] * 10000.0 ** (-np.arange(0, WIDTH, 2) / WIDTH)
+    a, b = np.split(np.asarray(x), 2, axis=-1)
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)], axis=-1)
 
 
 def one_by_one(spec: LayerSpec) -> bool:
