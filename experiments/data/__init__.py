@@ -14,6 +14,9 @@ Text:
 
     stdlib_corpus   the Python standard library's own source, labelled by package
     ngrams          bags of hashed n-grams, from any text
+    language        WikiText-2, tiny Shakespeare and the corpus above as bytes, for language models
+
+Models: ``stories``, a real language model of 260 thousand weights.
 
 What they are made of: ``files`` (``$HASHML_DATA``, downloads, checksums), ``clicks`` (``ClickLog``,
 batches), ``clicktext`` (chunks of text logs), ``vocabulary`` (raw numbers to rows), ``counter``
