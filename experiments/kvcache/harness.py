@@ -9,7 +9,6 @@ tokens after the middle of the sequence count; of a recall model, the final ques
 compiled once for a method and run for every model.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from hashml.kvcache.accounting import CacheBytes, cache_bytes
 from hashml.kvcache.serving import Tables, decode_step, prefill
-from hashml.kvcache.spec import CacheSpec, LayerSpec
+from hashml.kvcache.spec import CacheSpec, LayerSpec, batch_spec
 from hashml.kvcache.state import Cache, init
 from hashml.models.decoder import DecoderModel, Params
 
@@ -98,12 +97,6 @@ def tokens_kept(cache: Cache) -> Float[Array, ""]:
     """Tokens that a head holds, mean over rows, heads and layers."""
     held = [(layer.pos >= 0).sum(-1).mean() + (layer.window_pos >= 0).sum(-1).mean() for layer in cache.layers]
     return jnp.stack(held).mean()
-
-
-def batch_spec(layers: Sequence[LayerSpec], batch: int) -> CacheSpec:
-    """The cache of ``batch`` rows; ``pages`` of a paged layer are those of one row."""
-    grown = (x if x.pages is None else dataclasses.replace(x, pages=x.pages * batch) for x in layers)
-    return CacheSpec(tuple(grown), batch)
 
 
 def row_bytes(model: DecoderModel, layers: Sequence[LayerSpec], tables: Any = ()) -> CacheBytes:

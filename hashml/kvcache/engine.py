@@ -14,7 +14,7 @@ from jaxtyping import Array
 from hashml.kvcache.calibration import Progress
 from hashml.kvcache.methods import cache_layers, learn_tables, needs_tables
 from hashml.kvcache.serving import decode_step, prefill
-from hashml.kvcache.spec import CacheSpec, LayerSpec
+from hashml.kvcache.spec import LayerSpec, batch_spec
 from hashml.kvcache.state import Cache, LayerTables
 from hashml.models.decoder import DecoderModel
 
@@ -92,14 +92,10 @@ def cache_engine(
     noise = jax.random.key(0) if key is None else key
     known = (LayerTables(),) * len(layers) if tables is None else tuple(tables)
 
-    def spec(batch: int) -> CacheSpec:
-        grown = (x if x.pages is None else dataclasses.replace(x, pages=x.pages * batch) for x in layers)
-        return CacheSpec(tuple(grown), batch)
-
     def begin(params: Any, tokens: Array, positions: Array) -> tuple[Array, Cache]:
-        return prefill(model, spec(tokens.shape[0]), known, params, tokens, positions, noise)
+        return prefill(model, batch_spec(layers, tokens.shape[0]), known, params, tokens, positions, noise)
 
     def step(params: Any, cache: Cache, token: Array) -> tuple[Array, Cache]:
-        return decode_step(model, spec(token.shape[0]), known, params, cache, token)
+        return decode_step(model, batch_spec(layers, token.shape[0]), known, params, cache, token)
 
     return CacheEngine(begin, step, capacity, tuple(layers), known)

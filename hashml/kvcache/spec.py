@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -149,6 +150,12 @@ class LayerSpec:
     def capacity(self) -> int:
         """Most tokens that are kept."""
         return self.slots + self.window
+
+
+def batch_spec(layers: Sequence[LayerSpec], batch: int) -> "CacheSpec":
+    """The cache of ``batch`` rows; ``pages`` of a paged layer are those of one row."""
+    grown = (x if x.pages is None else dataclasses.replace(x, pages=x.pages * batch) for x in layers)
+    return CacheSpec(tuple(grown), batch)
 
 
 @dataclasses.dataclass(frozen=True)
