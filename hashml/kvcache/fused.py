@@ -23,7 +23,7 @@ from hashml.kvcache.state import LayerCache, LayerTables
 from hashml_kernels import cache_decode as kernel
 
 LEAST_SLOTS = 1024
-"""Below it the decoded store is small, and one product faster than many."""
+"""Below it the decoded store is small, and memory no concern."""
 
 
 def is_fused(spec: LayerSpec, count: int = 1) -> bool:

@@ -143,13 +143,17 @@ def prefill_statistics(
 ) -> PrefillStatistics:
     """What the layer's policy asks of a prompt's exact attention; ``q`` and ``k`` are rotated."""
     policy = spec.policy
-    visible = (pos[:, None, :] >= 0) & (pos[:, None, :] <= pos[:, :, None])  # [B, query, key]
-    if spec.sliding_window is not None:
-        visible &= pos[:, None, :] > pos[:, :, None] - spec.sliding_window
-    counts = visible.sum(axis=1, dtype=jnp.int32)
+    counts = jax.vmap(lambda row: _seen_by(row, spec.sliding_window))(pos)
     last = _last(spec, q, k, pos, policy.observed) if policy.observed else None
     sums = _column_sums(spec, q, k, pos, key) if policy.sums_columns else None
     return PrefillStatistics(pos, k, v, last, sums, counts)
+
+
+def _seen_by(pos: Int32[Array, " T"], sliding_window: int | None) -> Int32[Array, " T"]:
+    """Queries that see each key of a row: those at its position and after, up to the sliding window's end."""
+    ordered = jnp.sort(pos)
+    end = pos.shape[0] if sliding_window is None else jnp.searchsorted(ordered, pos + sliding_window)
+    return jnp.where(pos < 0, 0, end - jnp.searchsorted(ordered, pos)).astype(jnp.int32)
 
 
 def _logits(spec: LayerSpec, q: Array, k: Array, query_pos: Array, pos: Array) -> tuple[Array, Array]:
