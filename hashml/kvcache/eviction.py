@@ -132,7 +132,7 @@ def _expire(
     expired = spec.policy.expire(spec, layer.policy, seen, now)
     if expired is not None:
         gone = expired[:, :, : spec.slots] & ~_is_sink(spec, layer.pos) & due
-        layer = empty_slots(spec, layer, jnp.where(gone, -1, layer.pos))
+        layer = empty_slots(layer, jnp.where(gone, -1, layer.pos))
     return pos, layer
 
 
@@ -165,7 +165,7 @@ def _places(
             main,
         )
         gone = lowest & short & due & (main < _PROTECTED)
-        layer = empty_slots(spec, layer, jnp.where(gone, -1, layer.pos))
+        layer = empty_slots(layer, jnp.where(gone, -1, layer.pos))
         main = jnp.where(gone, _EMPTY, main)
     if spec.caps and layer.caps is not None:
         unusable = jnp.arange(spec.slots) >= layer.caps[:, :, None]

@@ -21,6 +21,7 @@ from hashml.kvcache.fused import fused_attend, is_fused
 from hashml.kvcache.prefill import prefill_layer
 from hashml.kvcache.spec import CacheSpec
 from hashml.kvcache.state import Cache, LayerCache, LayerTables
+from hashml.kvcache.store import empty_slots
 from hashml.models.decoder import DecoderModel
 from hashml.models.exact_attention import causal_attention
 
@@ -125,16 +126,13 @@ def decode_step(
 
 
 def reset_rows(cache: Cache, rows: Bool[Array, " B"]) -> Cache:
-    """The cache with these rows empty, for requests that have ended. Positions go to -1; what lies there stays.
-
-    Pages of the rows go back to the pool at the next step that looks.
-    """
+    """The cache with these rows empty, for requests that have ended. Positions go to -1; what lies there stays, but
+    for pages, which go back to the pool."""
 
     def empty(layer: LayerCache) -> LayerCache:
         gone = rows[:, None]
-        return layer._replace(
-            pos=jnp.where(gone[..., None], -1, layer.pos), window_pos=jnp.where(gone, -1, layer.window_pos)
-        )
+        kept = empty_slots(layer, jnp.where(gone[..., None], -1, layer.pos))
+        return kept._replace(window_pos=jnp.where(gone, -1, layer.window_pos))
 
     return cache._replace(
         layers=tuple(empty(layer) for layer in cache.layers),

@@ -112,12 +112,11 @@ def view(spec: LayerSpec, layer: LayerCache) -> tuple[CodecState, CodecState]:
     return gather(layer.keys), gather(layer.values)
 
 
-def empty_slots(spec: LayerSpec, layer: LayerCache, pos: Int32[Array, "B P C"]) -> LayerCache:
+def empty_slots(layer: LayerCache, pos: Int32[Array, "B P C"]) -> LayerCache:
     """The layer with other positions: slots at -1 are empty, and pages without a token go back to the pool."""
     pages = layer.pages
     if pages is not None:
-        assert spec.page_size is not None
-        used = (pos >= 0).reshape(*pos.shape[:2], -1, spec.page_size).any(axis=-1)
+        used = (pos >= 0).reshape(*pos.shape[:2], pages.table.shape[2], -1).any(axis=-1)
         pages = release(pages, jnp.broadcast_to(used, pages.table.shape))
     return layer._replace(pos=pos, pages=pages)
 

@@ -20,6 +20,7 @@ from hashml.kvcache.h2o import HeavyHitters
 from hashml.kvcache.integer import Int8, IntGroup
 from hashml.kvcache.kivi import KiviKeys
 from hashml.kvcache.methods import cache_layers
+from hashml.kvcache.prefill import prefill_statistics
 from hashml.kvcache.serving import decode_step, insert, no_tables, prefill, reset_rows
 from hashml.kvcache.sharding import cache_shardings
 from hashml.kvcache.spec import CacheSpec, LayerSpec
@@ -39,9 +40,9 @@ PROMPT = 12
 
 def layer_of(config: DecoderConfig = CONFIG, policy: Policy | None = None, **options) -> LayerSpec:
     base = {"slots": 32, "window": 4, "key_codec": Dense(), "value_codec": Dense(), "rope": "write"}
+    base["sliding_window"] = config.sliding_window
     return LayerSpec(kv_heads=config.kv_heads, query_heads=config.heads, head_dim=config.head_dim,
-                     policy=policy or KeepAll(), rotary=config.rotary, sliding_window=config.sliding_window,
-                     **(base | options))  # fmt: skip
+                     policy=policy or KeepAll(), rotary=config.rotary, **(base | options))  # fmt: skip
 
 
 def prompts(lengths=LENGTHS, side="left") -> tuple[jnp.ndarray, jnp.ndarray]:
@@ -301,3 +302,30 @@ def test_a_row_of_padding_alone_and_keys_that_are_no_numbers():
         np.testing.assert_array_equal(other[1:], logits[1:])
         assert np.isfinite(logits).all()
     assert np.isnan(other[0]).any()
+
+
+def test_pages_of_a_row_that_is_reset_go_back():
+    spec = CacheSpec((layer_of(policy=HeavyHitters(), slots=8, page_size=4, pages=12),) * 2, 3)
+    begin, _ = steps_of(MODEL, spec)
+    _, cache = begin(PARAMS, *prompts(), jax.random.key(0))
+    # Rows of 12, 7 and 1 tokens have 8, 3 and 0 beside a window of 4: two pages, one and none for each of two heads.
+    assert [int(layer.pages.top) for layer in cache.layers if layer.pages] == [12 - 6] * 2
+    after = reset_rows(cache, jnp.asarray([True, False, False]))
+    for layer in after.layers:
+        assert layer.pages is not None
+        assert int(layer.pages.top) == 12 - 2
+        assert (layer.pages.table[0] < 0).all()
+        free = np.asarray(layer.pages.free[: int(layer.pages.top)])
+        owned = np.asarray(layer.pages.table[layer.pages.table >= 0])
+        assert sorted([*free, *owned]) == list(range(12))
+
+
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_queries_that_saw_a_key_are_counted_as_by_a_mask(sliding_window):
+    pos = np.array([[-1, -1, 0, 1, 2, 5, 6], [0, 1, 2, 3, -1, -1, -1], [-1] * 7], np.int32)
+    seen = (pos[:, None] >= 0) & (pos[:, None] <= pos[:, :, None])
+    if sliding_window:
+        seen &= pos[:, None] > pos[:, :, None] - sliding_window
+    spec, nothing = layer_of(sliding_window=sliding_window), jnp.zeros((3, 2, 7, 8))
+    found = prefill_statistics(spec, jnp.zeros((3, 4, 7, 8)), nothing, nothing, jnp.asarray(pos), jax.random.key(0))
+    np.testing.assert_array_equal(found.column_counts, seen.sum(axis=1))
