@@ -64,7 +64,7 @@ class Config:
     """K of the reference."""
     minimum_support: int = 2
     """Values in fewer of the sampled rows get random signatures."""
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Searched for every contender, compression and seed on the validation part."""
     epochs: int | None = None
     """At most; by default `EPOCHS`. Training stops after two without gain; the best is scored."""
