@@ -23,6 +23,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.kvcache import fixtures
 from experiments.kvcache.frontier_cells import Cell, Config, cells, scores
 from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure, paired_difference
 
@@ -34,12 +35,11 @@ SYSTEM = "hashml.kvcache"
 
 
 SCALES = {
-    "tiny": Config(fixtures=("f1",), budgets=(2,), together_budgets=(2,), policies=(),
-                   codecs=("coupled:8c8b",), together=("scissorhands+int4",), prompt=("snapkv",), rows=2,
-                   recall_rows=4, calibration=2, lloyd=2, length=48, text_window=4, layers=1, features=32,
-                   text_steps=3, recall_steps=2, seeds=2),
+    "tiny": Config(models=("f1",), budgets=(2,), together_budgets=(2,), policies=(),
+                   codecs=("coupled:8c8b",), together=("scissorhands+int4",), prompt=("snapkv",), seeds=2,
+                   size=fixtures.TINY),
     "default": Config(),
-    "paper": Config(fixtures=("f1", "f1_relu_gqa", "recall"), rows=64, recall_rows=512, lloyd=100, seeds=5),
+    "paper": Config(models=("f1", "f1_relu_gqa", "recall"), seeds=5, size=fixtures.PAPER),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from experiments import cli
-from experiments.kvcache import frontier, frontier_cells
+from experiments.kvcache import fixtures, frontier, frontier_cells
 from experiments.lab import experiment, figures, records
 from experiments.lab.claims import judge
 
@@ -52,7 +52,7 @@ def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):
 
 def test_a_recall_cell_tells_rehearsed_from_unrehearsed(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = dataclasses.replace(TINY, fixtures=("recall",), seeds=1)
+    config = dataclasses.replace(TINY, models=("recall",), seeds=1)
     (row,) = frontier_cells.scores(config, frontier_cells.Cell("recall", "decode", "window", 2))
     assert row["nll"] is None
     assert row["accuracy"] == pytest.approx((row["rehearsed"] + row["unrehearsed"]) / 2)  # pyright: ignore
@@ -67,10 +67,10 @@ def test_the_cells_are_those_of_the_protocol():
         part = [cell for cell in cells if cell.fixture == fixture and cell.protocol == "decode"]
         assert {cell.budget for cell in part if cell.method == "random"} == budgets
         assert {cell.budget for cell in part if cell.method == "full"} == {None}
-    assert frontier_cells.setting(config, "recall", "prompt").prompt == 80
-    assert frontier_cells.setting(config, "f1", "prompt").prompt == 128
-    recipe = frontier_cells.text_recipe(config, "f1_relu_gqa")
-    assert recipe == frontier_cells.language_models.F1_RELU_GQA
+    assert fixtures.setting(config.size, "recall", "prompt").prompt == 80
+    assert fixtures.setting(config.size, "f1", "prompt").prompt == 128
+    recipe = fixtures.text_recipe(config.size, "f1_relu_gqa")
+    assert recipe == fixtures.language_models.F1_RELU_GQA
 
 
 def made_up() -> pl.DataFrame:
