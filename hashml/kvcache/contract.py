@@ -7,7 +7,7 @@ by a codec into one of ``slots`` main slots, or dropped, as the policy *scores* 
     policy    arrays with one entry a slot, fed with each step's attention; the highest scores are kept
 
 Both are frozen dataclasses, hence hashable and static under `jax.jit`; their states are dicts of arrays. Neither
-moves data or knows positions' meaning: `hashml.kvcache.cache` does, for all of them. Letters of shapes:
+moves data or knows positions' meaning: `hashml.kvcache.store` and `eviction` do, for all of them. Letters of shapes:
 
     B rows of the batch    H key/value heads    J query heads of one of them    D head width    n queries    T prompt
     C main slots           R window slots       N = C + R      P = 1 where one decision serves all heads, else H
@@ -55,10 +55,12 @@ class Codec(Protocol):
     """
 
     @property
-    def granularity(self) -> int: ...
+    def granularity(self) -> int:
+        return 1
 
     @property
-    def space(self) -> Space: ...
+    def space(self) -> Space:
+        return "any"
 
     @property
     def roles(self) -> Mapping[str, Role]: ...

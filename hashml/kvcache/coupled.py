@@ -71,10 +71,6 @@ class Coupled(Codec):
         return f"CQ-{self.channels}c{self.bits}b"
 
     @property
-    def granularity(self) -> int:
-        return 1
-
-    @property
     def space(self) -> Space:
         return "pre_rope"
 

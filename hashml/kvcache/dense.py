@@ -6,20 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hashml.kvcache.contract import Codec, CodecState, Role, Space
+from hashml.kvcache.contract import Codec, CodecState, Role
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Codec):
     """Exact tokens in the layer's dtype, 8 itemsize bits a value."""
-
-    @property
-    def granularity(self) -> int:
-        return 1
-
-    @property
-    def space(self) -> Space:
-        return "any"
 
     @property
     def roles(self) -> dict[str, Role]:

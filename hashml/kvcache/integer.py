@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16
 
 from hashml.coding.bit_packing import pack, packed_size, unpack
-from hashml.kvcache.contract import Codec, CodecState, Role, Space
+from hashml.kvcache.contract import Codec, CodecState, Role
 
 _HALF_MAX = 65504.0
 """The largest finite float16."""
@@ -73,14 +73,6 @@ class Int8(Codec):
     """Symmetric int8 with a float16 scale a token and head: ``8 + 16 / D`` bits a value."""
 
     @property
-    def granularity(self) -> int:
-        return 1
-
-    @property
-    def space(self) -> Space:
-        return "any"
-
-    @property
     def roles(self) -> dict[str, Role]:
         return {"q": "payload", "scale": "scales"}
 
@@ -104,14 +96,6 @@ class Float8(Codec):
 
     As many bits as `Int8`; small coordinates beside a large one keep their relative precision.
     """
-
-    @property
-    def granularity(self) -> int:
-        return 1
-
-    @property
-    def space(self) -> Space:
-        return "any"
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -156,14 +140,6 @@ class IntGroup(Codec):
 
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group)
-
-    @property
-    def granularity(self) -> int:
-        return 1
-
-    @property
-    def space(self) -> Space:
-        return "any"
 
     @property
     def roles(self) -> dict[str, Role]:

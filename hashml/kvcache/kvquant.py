@@ -137,10 +137,6 @@ class NonUniformKeys(Codec):
         _check(self.bits, self.outliers)
 
     @property
-    def granularity(self) -> int:
-        return 1
-
-    @property
     def space(self) -> Space:
         return "pre_rope"
 
@@ -189,14 +185,6 @@ class NonUniformValues(Codec):
 
     def __post_init__(self) -> None:
         _check(self.bits, self.outliers)
-
-    @property
-    def granularity(self) -> int:
-        return 1
-
-    @property
-    def space(self) -> Space:
-        return "any"
 
     @property
     def roles(self) -> dict[str, Role]:
