@@ -106,8 +106,11 @@ def texts(size: Size, fixture: str) -> tuple[np.ndarray, np.ndarray, dict[str, n
 
 
 @functools.lru_cache(maxsize=32)
-def tables(size: Size, fixture: str, seed: int, codecs: tuple[Codec, Codec]) -> tuple[LayerTables, ...]:
-    """What the codecs learn from training sequences, kept beside the models; nothing where they learn nothing."""
+def tables(
+    size: Size, fixture: str, seed: int, codecs: tuple[Codec, Codec], *, fisher: bool = True
+) -> tuple[LayerTables, ...]:
+    """What the codecs learn from training sequences, weighted by Fisher information or not at all, kept beside the
+    models; nothing where they learn nothing."""
     decoder = setting(size, fixture, "decode").decoder
     learn = {Coupled: calibrate_coupled, NonUniformKeys: calibrate_nonuniform}.get(type(codecs[0]))
     if learn is None:
@@ -121,13 +124,15 @@ def tables(size: Size, fixture: str, seed: int, codecs: tuple[Codec, Codec]) -> 
     arguments: Any = (jax.random.key(seed), decoder_model(decoder), trained, [text], *codecs)
 
     def make() -> Params:
-        progress = language_models.tell(f"codebooks of {codecs[0]}, {fixture}, seed {seed}")
-        found = learn(*arguments, iterations=size.lloyd, progress=progress)
+        weighting = "" if fisher else ", uniform weights"
+        progress = language_models.tell(f"codebooks of {codecs[0]}{weighting}, {fixture}, seed {seed}")
+        found = learn(*arguments, fisher=fisher, iterations=size.lloyd, progress=progress)
         return {f"layer{i}": {"keys": layer.keys, "values": layer.values} for i, layer in enumerate(found)}
 
     # They depend on the model to the last bit, however it came to be.
     model = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trained))).hexdigest()
     geometry = {"codecs": repr(codecs), "model": model, "iterations": size.lloyd, "sequences": text.shape[0]}
+    geometry |= {} if fisher else {"weights": "uniform"}
     books = language_models.kept(f"{fixture}-tables", geometry, seed, make)
     return tuple(LayerTables(**books[f"layer{i}"]) for i in range(decoder.layers))
 
@@ -136,16 +141,19 @@ def tables(size: Size, fixture: str, seed: int, codecs: tuple[Codec, Codec]) -> 
 
 
 def scores(
-    size: Size, fixture: str, protocol: Protocol, layers: Sequence[LayerSpec], seeds: int
+    size: Size, fixture: str, protocol: Protocol, layers: Sequence[LayerSpec], seeds: int, *, fisher: bool = True
 ) -> list[dict[str, float | int | None]]:
     """What a cache scores on the models of seeds 0 to ``seeds - 1``, which share a program: loss of a language model
-    (``nll``) or accuracies of a recall model, bytes a token of the cache and of its tables, tokens kept, speed."""
+    (``nll``), or accuracies of a recall model and the loss of its answers (``answer_nll``), bytes a token of the
+    cache and of its tables, tokens kept, speed. ``fisher`` is of `tables`."""
     common = setting(size, fixture, protocol)
     model = decoder_model(common.decoder)
     tokens, targets, places = texts(size, fixture)
     models = [
         harness.Model(
-            params(size, fixture, seed), tables(size, fixture, seed, codecs_of(layers[0])), jax.random.key(seed)
+            params(size, fixture, seed),
+            tables(size, fixture, seed, codecs_of(layers[0]), fisher=fisher),
+            jax.random.key(seed),
         )
         for seed in range(seeds)
     ]
@@ -160,6 +168,7 @@ def scores(
             {
                 "nll": None if places else harness.second_half_nll(scored, targets),
                 **(row or dict.fromkeys(("rehearsed", "unrehearsed", "accuracy"))),
+                "answer_nll": float(np.asarray(scored.nll)[places["accuracy"]].mean()) if places else None,
                 "bytes_per_token": per_token,
                 "table_bytes": stored_bytes(each.tables),
                 "tokens_kept": float(np.asarray(scored.kept)[counted].mean()),
