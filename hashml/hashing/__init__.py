@@ -12,6 +12,11 @@ from hashml.hashing.minhash import pack_signatures as pack_signatures
 from hashml.hashing.reference64 import REFERENCE_PRIME as REFERENCE_PRIME
 from hashml.hashing.reference64 import reference64 as reference64
 from hashml.hashing.reference64 import reference64_slots as reference64_slots
+from hashml.hashing.simhash import corners as corners
+from hashml.hashing.simhash import hard_hash as hard_hash
+from hashml.hashing.simhash import project as project
+from hashml.hashing.simhash import soft_hash as soft_hash
+from hashml.hashing.simhash import srp_planes as srp_planes
 from hashml.hashing.universal import hash_signs as hash_signs
 from hashml.hashing.universal import hash_slots as hash_slots
 from hashml.hashing.universal import lowbias32 as lowbias32
