@@ -51,6 +51,7 @@ class Codec(Protocol):
     Attributes:
         granularity: consecutive slots that share a scale and can be replaced only together; 1 for most.
         space: which keys it is for.
+        keys_only: whether it reads queries to encode, so that it has no meaning for values.
         roles: what each leaf of its state is counted as.
     """
 
@@ -61,6 +62,10 @@ class Codec(Protocol):
     @property
     def space(self) -> Space:
         return "any"
+
+    @property
+    def keys_only(self) -> bool:
+        return False
 
     @property
     def roles(self) -> Mapping[str, Role]: ...

@@ -105,6 +105,8 @@ class LayerSpec:
             )
         if self.rope in ("read", "slot") and self.key_codec.space == "post_rope":
             raise ValueError(f"{self.key_codec} is for keys after rotation; rope is {self.rope!r}, not 'write'")
+        if self.value_codec.keys_only:
+            raise ValueError(f"value_codec is {self.value_codec}; it is for keys alone")
         for codec in (self.key_codec, self.value_codec):
             codec.check(self.head_dim)
             if self.slots % codec.granularity:

@@ -63,6 +63,10 @@ class ThinK(Codec):
         return self.inner.space if self.pair_tied else "post_rope"
 
     @property
+    def keys_only(self) -> bool:
+        return True
+
+    @property
     def roles(self) -> dict[str, Role]:
         return {**self.inner.roles, "channels": "index", "width": "index"}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hashml.accounting import stored_bytes
-from hashml.kvcache.contract import CodecState
+from hashml.kvcache.contract import Codec, CodecState
 from hashml.kvcache.coupled import Coupled
 from hashml.kvcache.dense import Dense
 from hashml.kvcache.full import KeepAll
@@ -265,10 +265,10 @@ def test_raw_codes_of_kept_channels_are_those_of_all_channels(inner):
 def test_only_pairs_may_meet_raw_keys():
     """A layer refuses single channels of raw keys, and takes pairs of either."""
 
-    def layer(codec, rope):
+    def layer(codec, rope, values: Codec | None = None):
         return LayerSpec(
-            kv_heads=2, query_heads=4, head_dim=D, slots=8, window=4, flush=4, key_codec=codec, value_codec=Dense(),
-            policy=KeepAll(), rotary=Rotary(), rope=rope,
+            kv_heads=2, query_heads=4, head_dim=D, slots=8, window=4, flush=4, key_codec=codec,
+            value_codec=values or Dense(), policy=KeepAll(), rotary=Rotary(), rope=rope,
         )  # fmt: skip
 
     with pytest.raises(ValueError, match="is for keys after rotation; rope is 'read', not 'write'"):
@@ -279,3 +279,5 @@ def test_only_pairs_may_meet_raw_keys():
         layer(ThinK(Dense(), pair_tied=True), rope)
     layer(ThinK(KiviKeys(2, 4), 0.5), "write")
     layer(ThinK(Coupled(4, 4), 0.5, pair_tied=True), "read")
+    with pytest.raises(ValueError, match="value_codec is .*; it is for keys alone"):
+        layer(Dense(), "write", ThinK(Dense()))
