@@ -32,7 +32,7 @@ imports: $(VENV)/.test
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -q --durations=10
 
-test-newer: ## the test-suite under a newer Python with the newest jax, where there is one
+test-newer: ## the test-suite, programs optimised in full, under a newer Python with the newest jax, where there is one
 	@newer=$$(tools/find_python.sh --newer); \
 	if [ -z "$$newer" ]; then echo "test-newer: no newer Python here, nothing to do"; exit 0; fi; \
 	echo "test-newer: $$newer"; \
@@ -41,7 +41,7 @@ test-newer: ## the test-suite under a newer Python with the newest jax, where th
 		.venv-newer/bin/python -m pip install --quiet --upgrade pip && \
 		.venv-newer/bin/python -m pip install --quiet -e ".[experiments,test,reference,notebooks]" && \
 		touch .venv-newer/.test; } && \
-	.venv-newer/bin/python -m pytest -n $(WORKERS) --dist loadscope -q
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-newer/bin/python -m pytest -n $(WORKERS) --dist loadscope -q
 
 aot: .venv-aot/.ready ## compile every kernel for an H200 and a TPU v5e, here, without either
 	PYTHONPATH=kernels .venv-aot/bin/python -m aot --check

@@ -4,6 +4,8 @@ import os
 
 # Before jax is imported: data-parallel tests need a mesh.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes into compiling programs that run once. `make test-newer` compiles them in full.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 from jaxtyping import install_import_hook
