@@ -48,6 +48,12 @@ from hashml.attention.race import race_attention as race_attention
 from hashml.attention.race import race_extend as race_extend
 from hashml.attention.race import race_features as race_features
 from hashml.attention.race import race_state as race_state
+from hashml.attention.race_streamed import KeyGradients as KeyGradients
+from hashml.attention.race_streamed import QueryGradients as QueryGradients
+from hashml.attention.race_streamed import collect_keys as collect_keys
+from hashml.attention.race_streamed import pull_keys as pull_keys
+from hashml.attention.race_streamed import pull_queries as pull_queries
+from hashml.attention.race_streamed import read_queries as read_queries
 from hashml.attention.reformer import ReformerAttention as ReformerAttention
 from hashml.attention.reformer import reformer_attention as reformer_attention
 from hashml.attention.reformer import reformer_rotations as reformer_rotations

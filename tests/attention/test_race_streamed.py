@@ -53,9 +53,10 @@ def test_chunks_equal_one_pass_and_its_gradient(inputs, normalization):
 
     @jax.jit
     def whole(q, k, v, beta, g):
-        out, pull = jax.vjp(
-            lambda *x: race_attention(*x[:3], PLANES, x[3], normalization=normalization), q, k, v, beta
-        )
+        def attend(q, k, v, beta):
+            return race_attention(q, k, v, PLANES, beta, normalization=normalization)
+
+        out, pull = jax.vjp(attend, q, k, v, beta)
         return out, *pull(g)
 
     expected = whole(q, k, v, jnp.float32(BETA), g)
@@ -68,9 +69,7 @@ def test_chunks_equal_one_pass_and_its_gradient(inputs, normalization):
 def test_bad_input_is_named(inputs):
     q, k, v, _ = inputs
     state = race_state(B, K, PLANES, V)
-    with pytest.raises(
-        ValueError, match=r"state has the value of shape \(2, 12, 3\) a sequence; .* need \(2, 12, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"state has the value of shape \(2, 12, 3\).* need \(2, 12, 2\)"):
         collect_keys(state, k, v[..., :2], PLANES)
     with pytest.raises(ValueError, match=r"these keys and planes need \(2, 8, 3\)"):
         read_queries(state, q, PLANES[:2])
