@@ -8,6 +8,9 @@ Llama's layout: 5 layers of width 64, 8 query and 4 key heads, 512 tokens, conte
 from experiments.data.files import Home, locate
 from hashml.models.decoder_checkpoints import LoadedDecoder, load_decoder
 
+BOS = 1
+"""The token that every story begins with."""
+
 _PAGE = "https://huggingface.co/karpathy/tinyllamas"
 _FILES = {
     "stories260K/stories260K.bin": "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696",

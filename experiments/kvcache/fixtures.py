@@ -1,7 +1,10 @@
 """The models that caches are judged on: their parameters, texts and codebooks, and what a cache scores on them.
 
 ``f1`` and ``f1_relu_gqa`` are language models of `experiments.kvcache.language_models`, ``recall`` is the model of
-`experiments.kvcache.recall`. Every experiment with a cache takes a `Size`, and finds what another has trained.
+`experiments.kvcache.recall`, ``stories`` is stories260K, a published model. Every experiment with a cache takes a
+`Size`, and finds what another has trained. A seed picks the model that was trained with it; of ``stories`` there is
+one, and a seed picks stories that it tells itself, at temperature 1: what a cache adds to their loss is then its
+divergence from the exact one.
 """
 
 import dataclasses
@@ -12,8 +15,9 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Int32
 
-from experiments.data import language
+from experiments.data import language, stories
 from experiments.data.counter import stream
 from experiments.kvcache import harness, language_models, recall
 from experiments.kvcache.contenders import Setting
@@ -26,6 +30,7 @@ from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.state import LayerTables
 from hashml.kvcache.think import ThinK
 from hashml.models.decoder import Params, decoder_model
+from hashml.models.generation import generate
 
 Protocol = Literal["decode", "prompt"]
 """Every token through the cache, or half of the tokens as a prompt that is compressed once."""
@@ -57,6 +62,8 @@ DEFAULT = Size()
 TINY = Size(rows=2, recall_rows=4, calibration=2, lloyd=2, length=48, text_window=4, layers=1, features=32,
              text_steps=3, recall_steps=2)  # fmt: skip
 """For tests: seconds, and no model that has learned anything."""
+_CALIBRATION = 1000
+"""Seeds of the stories that codebooks are learned from begin here: none of them is scored."""
 PAPER = Size(rows=64, recall_rows=512, lloyd=100)
 
 
@@ -76,6 +83,9 @@ def text_recipe(size: Size, fixture: str) -> language_models.Recipe:
 
 def setting(size: Size, fixture: str, protocol: Protocol) -> Setting:
     """What all contenders share."""
+    if fixture == "stories":
+        prompt = size.length // 2 if protocol == "prompt" else 0
+        return Setting(stories.load().config, size.length, size.text_window, prompt=prompt)
     if fixture == "recall":
         prompt = recall.QUESTIONS if protocol == "prompt" else 0
         return Setting(recall.RECALL.decoder, recall.LENGTH, size.recall_window, queries=16, prompt=prompt)
@@ -86,6 +96,8 @@ def setting(size: Size, fixture: str, protocol: Protocol) -> Setting:
 @functools.lru_cache(maxsize=16)
 def params(size: Size, fixture: str, seed: int) -> Params:
     """The parameters of a model, trained now where the user's cache has none."""
+    if fixture == "stories":
+        return stories.load().params
     progress = language_models.tell(f"training {fixture}, seed {seed}")
     if fixture == "recall":
         recipe = dataclasses.replace(recall.RECALL, steps=size.recall_steps)
@@ -93,9 +105,19 @@ def params(size: Size, fixture: str, seed: int) -> Params:
     return language_models.trained(text_recipe(size, fixture), seed, progress)
 
 
+def told(key: int, rows: int, length: int) -> Int32[np.ndarray, "{rows} {length}"]:
+    """Stories of stories260K, each after BOS; a story that ends is followed by another."""
+    params, config, _ = stories.load()
+    said = generate(decoder_model(config), params, [[stories.BOS]] * rows, length - 1, key=jax.random.key(key))
+    return np.array([[stories.BOS, *row] for row in said], np.int32)
+
+
 @functools.lru_cache(maxsize=4)
-def texts(size: Size, fixture: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Tokens, targets, and the places of a recall model's questions."""
+def texts(size: Size, fixture: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Tokens, targets, and the places of a recall model's questions; ``seed`` is for ``stories`` alone."""
+    if fixture == "stories":
+        tokens = told(seed, size.rows, size.length)
+        return tokens, harness.next_tokens(tokens), {}
     if fixture == "recall":
         data = recall.held_out(size.recall_rows)
         places = {"rehearsed": data.rehearsed, "unrehearsed": data.unrehearsed}
@@ -115,7 +137,9 @@ def tables(
     learn = {Coupled: calibrate_coupled, NonUniformKeys: calibrate_nonuniform}.get(type(codecs[0]))
     if learn is None:
         return (LayerTables(),) * decoder.layers
-    if fixture == "recall":
+    if fixture == "stories":
+        text = told(_CALIBRATION + seed, size.calibration, size.length)
+    elif fixture == "recall":
         text = recall.sequences(2 * size.calibration, stream(seed, "recall", "calibration")).tokens
     else:
         train = language.splits(language_models.RECIPES[fixture].text).train
@@ -148,20 +172,21 @@ def scores(
     cache and of its tables, tokens kept, speed. ``fisher`` is of `tables`."""
     common = setting(size, fixture, protocol)
     model = decoder_model(common.decoder)
-    tokens, targets, places = texts(size, fixture)
+    fed = [texts(size, fixture, seed) for seed in range(seeds)]
     models = [
         harness.Model(
             params(size, fixture, seed),
             tables(size, fixture, seed, codecs_of(layers[0]), fisher=fisher),
             jax.random.key(seed),
+            tokens,
+            targets,
         )
-        for seed in range(seeds)
+        for seed, (tokens, targets, _) in enumerate(fed)
     ]
     per_token = harness.row_bytes(model, layers).total / common.tokens
     found = []
-    for each, (scored, seconds) in zip(
-        models, harness.decode_all(model, layers, models, tokens, targets, prompt=common.prompt), strict=True
-    ):
+    scored_all = harness.decode_all(model, layers, models, prompt=common.prompt)
+    for each, (_, targets, places), (scored, seconds) in zip(models, fed, scored_all, strict=True):
         row: dict[str, float | int | None] = {name: harness.share_correct(scored, at) for name, at in places.items()}
         counted = np.arange(common.tokens) >= (recall.QUESTIONS if places else common.tokens // 2)
         found.append(
@@ -172,7 +197,7 @@ def scores(
                 "bytes_per_token": per_token,
                 "table_bytes": stored_bytes(each.tables),
                 "tokens_kept": float(np.asarray(scored.kept)[counted].mean()),
-                "tokens_per_second": tokens.shape[0] * (common.tokens - common.prompt) / seconds,
+                "tokens_per_second": targets.shape[0] * (common.tokens - common.prompt) / seconds,
             }
         )
     return found

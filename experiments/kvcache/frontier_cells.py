@@ -12,8 +12,8 @@ from experiments.kvcache.fixtures import DEFAULT, Size
 class Config:
     """Models, budgets and contenders; the defaults are those of the claims."""
 
-    models: tuple[str, ...] = ("f1", "recall")
-    """f1, f1_relu_gqa (grouped queries), recall."""
+    models: tuple[str, ...] = ("f1", "recall", "stories")
+    """f1, f1_relu_gqa (grouped queries), recall, stories."""
     budgets: tuple[int, ...] = (2, 4, 8)
     """Bytes of the exact cache over those of a policy."""
     recall_budgets: tuple[int, ...] = (2, 3, 4, 8)
@@ -27,7 +27,7 @@ class Config:
     prompt: tuple[str, ...] = ("window", "random", "h2o", "snapkv", "pyramidkv", "adakv", "snapkv+think:0.4")
     """Policies of compressed prompts, beside which the exact cache and ThinK alone are shown."""
     seeds: int = 3
-    """Of each model."""
+    """Of each model, or of its stories."""
     size: Size = DEFAULT
 
 

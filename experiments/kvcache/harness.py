@@ -107,25 +107,26 @@ def row_bytes(model: DecoderModel, layers: Sequence[LayerSpec], tables: Any = ()
 
 
 class Model(NamedTuple):
-    """One of several models of the same configuration.
+    """One of several models of the same configuration, and what it is fed.
 
     Attributes:
         params: of the decoder.
         tables: of the codecs.
         key: of a policy's noise.
+        tokens, targets: as in `teacher_forced`.
     """
 
     params: Params
     tables: Tables
     key: Array
+    tokens: Int32[np.ndarray, "B T"]
+    targets: Int32[np.ndarray, "B T"]
 
 
 def decode_all(
     model: DecoderModel,
     layers: Sequence[LayerSpec],
     models: Sequence[Model],
-    tokens: Int32[np.ndarray, "B T"],
-    targets: Int32[np.ndarray, "B T"],
     *,
     prompt: int = 0,
 ) -> Iterator[tuple[Scores, float]]:
@@ -135,14 +136,15 @@ def decode_all(
         model: the decoder's pieces.
         layers: of the cache.
         models: what differs, of equal shapes.
-        tokens, targets, prompt: as in `teacher_forced`.
+        prompt: as in `teacher_forced`.
     """
-    spec, fed = batch_spec(layers, len(tokens)), (jnp.asarray(tokens), jnp.asarray(targets))
     first = models[0]
+    spec = batch_spec(layers, len(first.tokens))
     program = teacher_forced.lower(
-        model, spec, first.tables, first.params, *fed, first.key, prompt=prompt
-    ).compile()  # fmt: skip
+        model, spec, first.tables, first.params, first.tokens, first.targets, first.key, prompt=prompt
+    ).compile()
     for each in models:
+        fed = (jnp.asarray(each.tokens), jnp.asarray(each.targets))
         start = time.perf_counter()
         found = jax.block_until_ready(program(each.tables, each.params, *fed, each.key))
         yield Scores(*(jnp.asarray(x) for x in found)), time.perf_counter() - start

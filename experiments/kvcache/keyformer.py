@@ -172,11 +172,13 @@ def scores(config: Config, cell: Cell) -> dict[tuple[int, int], dict[str, float 
             fixtures.params(config.size, cell.fixture, seed),
             no_tables(batch_spec(layers, len(tokens))),
             jax.random.fold_in(jax.random.key(seed), noise),
+            tokens,
+            targets,
         )
         for seed, noise in pairs
     ]
     found = {}
-    for pair, (scored, _) in zip(pairs, harness.decode_all(model, layers, models, tokens, targets), strict=True):
+    for pair, (scored, _) in zip(pairs, harness.decode_all(model, layers, models), strict=True):
         row: dict[str, float | int | None] = {name: harness.share_correct(scored, at) for name, at in places.items()}
         found[pair] = {
             "nll": None if places else harness.second_half_nll(scored, targets),

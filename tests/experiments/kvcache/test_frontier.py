@@ -10,6 +10,8 @@ import pytest
 
 from experiments import cli
 from experiments.kvcache import fixtures, frontier, frontier_cells
+from experiments.kvcache.contenders import contender
+from experiments.kvcache.language_models import next_token_nll
 from experiments.lab import experiment, figures, records
 from experiments.lab.claims import judge
 
@@ -59,11 +61,28 @@ def test_a_recall_cell_tells_rehearsed_from_unrehearsed(monkeypatch, tmp_path):
     assert row["tokens_kept"] == 47
 
 
+def test_stories_are_its_own_and_every_seed_has_others():
+    """The exact cache says of its own stories what `forward` does; a seed's stories are none of another's."""
+    size = dataclasses.replace(fixtures.TINY, text_window=4)
+    first, second = (fixtures.texts(size, "stories", seed)[0] for seed in (0, 1))
+    assert first.shape == second.shape == (2, 48)
+    assert (first[:, 0] == 1).all()
+    assert (first != second).any(axis=1).all()
+    common = fixtures.setting(size, "stories", "decode")
+    rows = fixtures.scores(
+        size, "stories", "decode", contender("full", dataclasses.replace(common, dtype="float32")), 2
+    )
+    params = fixtures.params(size, "stories", 0)
+    for row, tokens in zip(rows, (first, second), strict=True):
+        exact = np.asarray(next_token_nll(params, common.decoder, tokens))
+        assert row["nll"] == pytest.approx(exact[:, 24:].mean(), abs=1e-4)
+
+
 def test_the_cells_are_those_of_the_protocol():
     config = frontier.SCALES["default"]
     cells = frontier_cells.cells(config)
     assert len(set(cells)) == len(cells)
-    for fixture, budgets in (("f1", {2, 4, 8}), ("recall", {2, 3, 4, 8})):
+    for fixture, budgets in (("f1", {2, 4, 8}), ("recall", {2, 3, 4, 8}), ("stories", {2, 4, 8})):
         part = [cell for cell in cells if cell.fixture == fixture and cell.protocol == "decode"]
         assert {cell.budget for cell in part if cell.method == "random"} == budgets
         assert {cell.budget for cell in part if cell.method == "full"} == {None}
@@ -99,6 +118,14 @@ def made_up() -> pl.DataFrame:
          "accuracy": value + 0.001 * seed}
         for (method, budget), value in recall.items() for seed in range(3)
     ]  # fmt: skip
+    # Stories: other losses than f1's, so that a claim that read those would be off.
+    told = {("full", None): 1.0, ("scissorhands", 2): 1.01, ("coupled:2c8b", None): 1.02, ("coupled:8c8b", None): 1.1,
+            ("int2", None): 1.0}  # fmt: skip
+    rows += [
+        {"fixture": "stories", "protocol": "decode", "method": method, "budget": budget, "seed": seed,
+         "nll": value, "accuracy": None}
+        for (method, budget), value in told.items() for seed in range(3)
+    ]  # fmt: skip
     frame = pl.DataFrame(rows, infer_schema_length=None)
     extra = {"bytes_per_token": 100.0 + frame["accuracy"].is_null(), "rehearsed": frame["accuracy"],
              "unrehearsed": frame["accuracy"], "tokens_kept": 10.0, "table_bytes": 0,
@@ -125,6 +152,9 @@ def test_the_claims_read_the_right_rows():
         "tova-below-random": (-0.3, True),
         "coupled-2c8b": (float(np.mean([0.03 / (2 + 0.1 * seed) for seed in range(3)])), False),
         "coupled-8c8b": (float(np.mean([(2.2 + s) / (2.5 + s) - 1 for s in (0, 0.1, 0.2)])), True),
+        "stories-scissorhands-half": (0.01, True),
+        "stories-coupled-2c8b": (0.02, False),
+        "stories-coupled-8c8b": (0.1, False),
         "think": (0.0505, False),
     }
     verdicts = {claim.id: judge(claim, rows, scale="default", complete=True) for claim in frontier.CLAIMS}
@@ -140,4 +170,5 @@ def test_the_claims_read_the_right_rows():
 def test_the_figure_has_a_panel_for_each_model_and_protocol():
     drawn = figures.draw(frontier.figure, made_up())
     titles = [ax.get_title("left") for ax in drawn.axes if ax.get_title("left")]
-    assert sorted(titles) == ["f1, compressed prompt", "f1, token by token", "recall, token by token"]
+    assert sorted(titles) == ["f1, compressed prompt", "f1, token by token", "recall, token by token",
+                              "stories, token by token"]  # fmt: skip

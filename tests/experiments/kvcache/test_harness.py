@@ -26,8 +26,8 @@ def score(name, budget=None, prompt=0, setting=SETTING):
     setting = dataclasses.replace(setting, prompt=prompt)
     layers, model = contender(name, setting, budget), decoder_model(DECODER)
     spec = harness.batch_spec(layers, 3)
-    one = harness.Model(PARAMS, no_tables(spec), jax.random.key(1))
-    ((found, seconds),) = harness.decode_all(model, layers, [one], TOKENS, TARGETS, prompt=prompt)
+    one = harness.Model(PARAMS, no_tables(spec), jax.random.key(1), TOKENS, TARGETS)
+    ((found, seconds),) = harness.decode_all(model, layers, [one], prompt=prompt)
     assert seconds > 0
     return found
 
