@@ -47,6 +47,7 @@ aot: .venv-aot/.ready ## compile every kernel for an H200 and a TPU v5e, here, w
 	PYTHONPATH=kernels .venv-aot/bin/python -m aot --check
 	.venv-aot/bin/python -m experiments.sharing.pss_pod
 	.venv-aot/bin/python -m experiments.kvcache.serving_pod --layers 2
+	.venv-aot/bin/python -m experiments.attention.race_pod
 
 bench: $(VENV)/.demo ## time the kernels' ops on this machine's device
 	PYTHONPATH=kernels $(BIN)/python -m bench

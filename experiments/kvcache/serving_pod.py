@@ -10,24 +10,15 @@ as much. The compiler says what the step needs, a chip.
 import argparse
 import functools
 import json
-import os
-
-# Before jax is imported: no accelerator is at hand, libtpu would look for a metadata server, and it would
-# refuse to load while another process compiles with it.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.pods import chip_bytes, chips, fits, used_bytes
 from hashml.accounting import stored_bytes
 from hashml.kvcache import CacheSpec, LayerSpec, LayerTables, cache_shardings, decode_step, init
 from hashml.kvcache.coupled import Coupled
@@ -37,9 +28,8 @@ from hashml.models.decoder import DecoderConfig, decoder_model, init_params, uns
 LLAMA_7B = DecoderConfig(vocabulary=32_000, features=4096, layers=32, heads=32, kv_heads=32, head_dim=128,
                          hidden=11_008, tied=False, context=32_768)  # fmt: skip
 TOKENS, WINDOW = 32_768, 32
-H200 = Path(__file__).resolve().parents[2] / "kernels" / "aot" / "h200.txtpb"
-TARGETS = {"v5e:2x2": (32, 16e9), "h200": (64, 141e9)}
-"""Rows, and bytes of a chip."""
+TARGETS = {"v5e:2x2": 32, "h200": 64}
+"""Rows."""
 _COLUMNS = ("query", "key", "value", "gate", "up")
 _ROWS = ("output", "down")
 
@@ -50,9 +40,9 @@ def compile_step(target: str, layers: int = LLAMA_7B.layers) -> dict[str, Any]:
     Raises:
         RuntimeError: where it does not fit, or the cache is not updated in place.
     """
-    rows, chip_bytes = TARGETS[target]
+    rows = TARGETS[target]
     config = DecoderConfig(**{**LLAMA_7B.__dict__, "layers": layers})
-    mesh = Mesh(np.array(_devices(target)), ("heads",))
+    mesh = Mesh(np.array(chips(target)), ("heads",))
     codec = Coupled(8, 8)
     layer = LayerSpec(kv_heads=config.kv_heads, query_heads=config.heads, head_dim=config.head_dim, slots=TOKENS,
                       window=WINDOW, key_codec=codec, value_codec=codec, policy=KeepAll(), rotary=config.rotary,
@@ -86,8 +76,7 @@ def compile_step(target: str, layers: int = LLAMA_7B.layers) -> dict[str, Any]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = step.lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    used -= memory.alias_size_in_bytes
+    used = used_bytes(compiled)
     dense = 2 * 2 * layers * config.kv_heads * config.head_dim * TOKENS * rows // mesh.size
     found = {
         "target": target,
@@ -100,27 +89,19 @@ def compile_step(target: str, layers: int = LLAMA_7B.layers) -> dict[str, Any]:
         "cache_bytes": stored_bytes(cache.layers) // mesh.size,
         "codebook_bytes": stored_bytes(tables) // mesh.size,
         "temporary_bytes": int(memory.temp_size_in_bytes),
-        "bytes_a_chip": int(used),
+        "bytes_a_chip": used,
         "dense_cache_bytes": dense,
     }
-    if used >= chip_bytes:
-        raise RuntimeError(f"{used / 1e9:.2f} GB a chip do not fit into {chip_bytes / 1e9:g} GB: {found}")
+    fits(used, target, found)
     if memory.alias_size_in_bytes < 0.98 * found["cache_bytes"]:
         raise RuntimeError(f"{memory.alias_size_in_bytes} bytes are updated in place, not all of the cache: {found}")
-    if layers == LLAMA_7B.layers and dense < chip_bytes:
+    if layers == LLAMA_7B.layers and dense < chip_bytes(target):
         raise RuntimeError(f"the dense cache would fit as well: {found}")
     return found
 
 
 def _step(model: Any, spec: CacheSpec, params: Any, tables: Any, cache: Any, token: Any) -> Any:
     return decode_step(model, spec, tables, params, cache, token)
-
-
-def _devices(target: str) -> list[Any]:
-    if target != "h200":
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
-    options = {"topology": "1x1x1", "target_config": H200.read_text()}
-    return list(topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", **options).devices)[:1]
 
 
 def main() -> None:

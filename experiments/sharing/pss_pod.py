@@ -9,23 +9,15 @@ gradient of the memory, all-reduced. The compiler says whether that fits and wha
 
 import argparse
 import json
-import os
-import re
-
-# Before jax is imported: no accelerator is at hand, libtpu would look for a metadata server, and it would
-# refuse to load while another process compiles with it.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from experiments.pods import chips, collectives, fits, placed, used_bytes
 from hashml.models.dlrm import DLRM, MLPERF, binary_cross_entropy
 from hashml.models.training import TrainState, data_parallel_step, init_state
 from hashml.sharing import RobeTables
@@ -34,9 +26,6 @@ MEMORY = 25_000_000 // 128 * 128
 """Weights stored: 100 MB of float32, whole lanes."""
 BATCH = 131_072
 """Rows of a step over all chips; the largest of the published runs."""
-CHIP_BYTES = 16e9
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
-ELEMENT = re.compile(r"(f32|bf16|s32|u32|f16)\[([\d,]*)\]")
 
 
 def compile_step(topology: str) -> dict[str, int | str]:
@@ -45,7 +34,7 @@ def compile_step(topology: str) -> dict[str, int | str]:
     Raises:
         RuntimeError: where it does not fit, or the tables cross in another way than by the all-reduce.
     """
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = chips(topology)
     mesh = Mesh(np.array(devices), ("data",))
     tables = RobeTables(MLPERF.tables, MLPERF.dimension, budget=MEMORY, block_size=128, align=128)
     model = DLRM(tables, bottom=MLPERF.bottom, top=MLPERF.top)
@@ -59,11 +48,6 @@ def compile_step(topology: str) -> dict[str, int | str]:
         dense, ids = jnp.zeros((2, MLPERF.dense_features)), jnp.zeros((2, len(MLPERF.tables)), jnp.int32)
         return init_state(model.init(jax.random.key(0), dense, ids)["params"], optimizer)
 
-    def placed(tree, spec: P):
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)), tree
-        )
-
     batch = {
         "dense": jax.ShapeDtypeStruct((BATCH, MLPERF.dense_features), jnp.float32),
         "ids": jax.ShapeDtypeStruct((BATCH, len(MLPERF.tables)), jnp.int32),
@@ -72,43 +56,22 @@ def compile_step(topology: str) -> dict[str, int | str]:
     state = jax.eval_shape(begin)
     step = jax.jit(data_parallel_step(loss, optimizer, mesh), donate_argnums=0)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = step.lower(placed(state, P()), placed(batch, P("data"))).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    if memory is None or text is None:
-        raise RuntimeError("the compiler says nothing of the program's memory")
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    used -= memory.alias_size_in_bytes
-    moved = _moved(text)
+        compiled = step.lower(placed(state, mesh, P()), placed(batch, mesh, P("data"))).compile()
+    used, moved = used_bytes(compiled), collectives(compiled)
     found = {
         "topology": topology,
         "chips": len(devices),
         "virtual_bytes": 4 * sum(MLPERF.tables) * MLPERF.dimension,
         "memory_bytes": 4 * MEMORY,
         "parameter_bytes": sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)),
-        "bytes_a_chip": int(used),
+        "bytes_a_chip": used,
         "all_reduce_bytes": sum(size for kind, size in moved if kind == "all-reduce"),
         "collectives": sum(1 for kind, size in moved if kind != "all-reduce"),
     }
-    if used >= CHIP_BYTES:
-        raise RuntimeError(f"{used / 1e9:.2f} GB a chip do not fit into {CHIP_BYTES / 1e9:g} GB: {found}")
+    fits(used, topology, found)
     if found["collectives"] or not any(kind == "all-reduce" and size >= 4 * MEMORY for kind, size in moved):
         raise RuntimeError(f"the tables must cross by the all-reduce of the memory's gradient alone: {moved}")
     return found
-
-
-def _moved(text: str) -> list[tuple[str, int]]:
-    """Kind and bytes of every collective of a compiled program."""
-    widths = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2}
-    return [
-        (
-            match[2],
-            sum(
-                widths[kind] * int(np.prod([int(n) for n in shape.split(",") if n] or [1]))
-                for kind, shape in ELEMENT.findall(match[1])
-            ),
-        )
-        for match in COLLECTIVE.finditer(text)
-    ]
 
 
 def main() -> None:

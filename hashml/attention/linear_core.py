@@ -7,13 +7,11 @@ With features ``phi(x)`` of ``S`` coordinates and the keys that query ``i`` may 
     out[i] = sum_s phi(q_i)[s] value[s] / (mass[s] + epsilon)                    normalization = "per_bucket"
 
 Features of the whole sequence never exist. Tiles of tokens are mapped, used and forgotten, forward and backward: the
-pass without order (one over keys, one over queries) is differentiated through `jax.checkpoint`, the causal one
-(`linear_causal`) has a gradient of its own. What stays between tiles is the state, ``S (V + 1)`` floats a head
-whatever the length; over devices too. All sums are float32, results have the dtype of ``v``, and a query that sees
-no key gets zeros.
+pass without order (`linear_unordered`) and the causal one (`linear_causal`) have gradients of their own. What stays
+between tiles is the state, ``S (V + 1)`` floats a head whatever the length; over devices too. All sums are float32,
+results have the dtype of ``v``, and a query that sees no key gets zeros.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -23,11 +21,6 @@ from jaxtyping import Array, Bool, Float
 from hashml.attention.linear_causal import (
     Form,
     causal_attention,
-    even_tiles,
-    join_tiles,
-    keep_keys,
-    split_tiles,
-    tile_mask,
 )
 from hashml.attention.linear_state import (
     Features,
@@ -35,9 +28,8 @@ from hashml.attention.linear_state import (
     Normalization,
     init_state,
     merge_states,
-    outer,
-    read_state,
 )
+from hashml.attention.linear_unordered import collect_keys, read_queries
 from hashml_kernels.manual_axes import varying_alike
 
 TILE, CHUNK = 2048, 64
@@ -130,14 +122,14 @@ def feature_attention(
     (grouped, k, v, mask, params, before), _ = varying_alike(grouped, k, v, mask, params, state)
     total = None
     if axis_name is not None:
-        own = _collect(form, params, k, v, mask, jax.tree.map(jnp.zeros_like, before))
+        own = collect_keys(form, params, k, v, mask, jax.tree.map(jnp.zeros_like, before))
         before, total = _across(own, state, axis_name, causal)
         (_, before), _ = varying_alike(grouped, before)
     if causal:
         out, after = causal_attention(form, grouped, k, v, mask, params, before)
     else:
-        after = _collect(form, params, k, v, mask, before) if total is None else total
-        out = _query_tiles(form, params, grouped, after).astype(v.dtype)
+        after = collect_keys(form, params, k, v, mask, before) if total is None else total
+        out = read_queries(form, v.dtype, params, grouped, after)
     after = after if total is None else total
     return out.reshape(batch, heads, length, v.shape[-1]), after
 
@@ -165,7 +157,9 @@ def _identity(params: Any, x: Array) -> Array:
 
 def _across(own: LinearState, state: LinearState, axis_name: str, causal: bool) -> tuple[LinearState, LinearState]:
     """The states before and after a device's part of the sequence; without order, both are the whole's."""
-    after = merge_states(state, jax.tree.map(lambda x: jax.lax.psum(x, axis_name), own))
+    # To float32, which it is: otherwise XLA adds up in bfloat16 where a TPU's products round to that anyway.
+    total = jax.tree.map(lambda x: jax.lax.reduce_precision(jax.lax.psum(x, axis_name), 8, 23), own)
+    after = merge_states(state, total)
     if not causal:
         return after, after
     earlier = jnp.arange(jax.lax.axis_size(axis_name)) < jax.lax.axis_index(axis_name)
@@ -175,32 +169,3 @@ def _across(own: LinearState, state: LinearState, axis_name: str, causal: bool) 
         return jnp.where(earlier.reshape(-1, *[1] * x.ndim), parts, 0).sum(axis=0)
 
     return merge_states(state, jax.tree.map(prefix, own)), after
-
-
-# Without order: one pass over the keys, one over the queries. `jax.checkpoint` keeps features out of the residuals.
-
-
-def _collect(form: Form, params: Any, k: Array, v: Array, mask: Array | None, state: LinearState) -> LinearState:
-    batch, _, length, _ = k.shape
-    tiles, tile = even_tiles(length, form.tile)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(params: Any, state: LinearState, part: tuple) -> LinearState:
-        k, v, mask = part
-        phi = keep_keys(form.key_features(params, k), mask)
-        return merge_states(state, LinearState(phi.sum(axis=-2), outer(phi, v)))
-
-    parts = (split_tiles(k, tiles, tile), split_tiles(v, tiles, tile), tile_mask(mask, batch, length, tiles, tile))
-    state, _ = jax.lax.scan(lambda state, part: (step(params, state, part), None), state, parts)
-    return state
-
-
-def _query_tiles(form: Form, params: Any, q: Array, state: LinearState) -> Array:
-    tiles, tile = even_tiles(q.shape[-2], form.tile)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(params: Any, state: LinearState, q: Array) -> Array:
-        return read_state(state, form.query_features(params, q), form.normalization, form.epsilon)
-
-    _, out = jax.lax.scan(lambda _, q: (None, step(params, state, q)), None, split_tiles(q, tiles, tile))
-    return join_tiles(out, q.shape[-2])
