@@ -9,24 +9,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import cli
 from experiments.attention import race_scaling
-from experiments.lab import NotEnoughRows, experiment, figures, records
+from experiments.lab import NotEnoughRows, figures
 from experiments.lab.claims import judge
 from hashml.attention.race import race_attention
 from hashml.hashing.simhash import srp_planes
 
 TINY = race_scaling.SCALES["tiny"]
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The experiment and the rows of a run at scale tiny."""
-    out = tmp_path_factory.mktemp("runs")
-    assert cli.main(["run", "attention.race_scaling", "--scale", "tiny", "--out", str(out)]) == 0
-    record = records.read_record(out / "attention.race_scaling" / "tiny")
-    assert record is not None
-    return experiment.load("attention.race_scaling"), record.rows
+EXPERIMENT = "attention.race_scaling"
 
 
 def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):

@@ -1,38 +1,23 @@
 """CORM: a run at the smallest scale, its caches, and claims that read the right rows."""
 
 import dataclasses
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import cli
 from experiments.kvcache import corm, fixtures
 from experiments.kvcache.corm_cells import Cell, Config, bytes_of, cells, layers_of, scores, share_of_keys
 from experiments.kvcache.token_budgets import in_tokens, row_bytes
-from experiments.lab import experiment, figures, records
+from experiments.lab import figures
 from experiments.lab.claims import judge
 from hashml.kvcache.corm import Corm
 
 DEFAULT = Config()
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The experiment and the rows of a run at scale tiny."""
-    folder = os.environ.get("HASHML_DATA")
-    if not folder or not (Path(folder) / "wikitext2/valid.txt.gz").is_file():
-        pytest.skip(f"needs wikitext2 under $HASHML_DATA, which is {folder or 'not set'}")
-    out = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
-        assert cli.main(["run", "kvcache.corm", "--scale", "tiny", "--out", str(out)]) == 0
-    record = records.read_record(out / "kvcache.corm" / "tiny")
-    assert record is not None
-    return experiment.load("kvcache.corm"), record.rows
+EXPERIMENT = "kvcache.corm"
+NEEDS = ("wikitext2/valid.txt.gz",)
 
 
 def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):

@@ -1,19 +1,16 @@
 """Coupled quantisation: a run at the smallest scale, theory of the Gaussian tensors, claims that read their rows."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import jax
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import cli
 from experiments.data import language
 from experiments.kvcache import coupled, coupled_cells, fixtures, language_models, recall
 from experiments.kvcache.coupled_cells import TENSORS, Cell, correlated, shannon_limit, tensor_scores
-from experiments.lab import experiment, figures, records
+from experiments.lab import figures
 from experiments.lab.claims import judge
 from hashml.kvcache.calibration import calibrate_coupled
 from hashml.kvcache.coupled import Coupled
@@ -21,20 +18,8 @@ from hashml.models.decoder import decoder_model, forward, init_params
 
 TINY = coupled.SCALES["tiny"]
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The experiment and the rows of a run at scale tiny, whose models can be found while the fixture lives."""
-    folder = os.environ.get("HASHML_DATA")
-    if not folder or not (Path(folder) / "wikitext2/valid.txt.gz").is_file():
-        pytest.skip(f"needs wikitext2 under $HASHML_DATA, which is {folder or 'not set'}")
-    out = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
-        assert cli.main(["run", "kvcache.coupled", "--scale", "tiny", "--out", str(out)]) == 0
-        record = records.read_record(out / "kvcache.coupled" / "tiny")
-        assert record is not None
-        yield experiment.load("kvcache.coupled"), record.rows
+EXPERIMENT = "kvcache.coupled"
+NEEDS = ("wikitext2/valid.txt.gz",)
 
 
 def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):

@@ -1,36 +1,21 @@
 """The frontier: a run at the smallest scale, and claims that read the right rows."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import cli
 from experiments.kvcache import fixtures, frontier, frontier_cells
 from experiments.kvcache.contenders import contender
 from experiments.kvcache.language_models import next_token_nll
-from experiments.lab import experiment, figures, records
+from experiments.lab import figures
 from experiments.lab.claims import judge
 
 TINY = frontier.SCALES["tiny"]
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The experiment and the rows of a run at scale tiny."""
-    folder = os.environ.get("HASHML_DATA")
-    if not folder or not (Path(folder) / "wikitext2/valid.txt.gz").is_file():
-        pytest.skip(f"needs wikitext2 under $HASHML_DATA, which is {folder or 'not set'}")
-    out = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
-        assert cli.main(["run", "kvcache.frontier", "--scale", "tiny", "--out", str(out)]) == 0
-    record = records.read_record(out / "kvcache.frontier" / "tiny")
-    assert record is not None
-    return experiment.load("kvcache.frontier"), record.rows
+EXPERIMENT = "kvcache.frontier"
+NEEDS = ("wikitext2/valid.txt.gz",)
 
 
 def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):

@@ -1,37 +1,21 @@
 """Keyformer: a run at the smallest scale, its caches, and claims that read the right rows."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import cli
 from experiments.kvcache import fixtures, keyformer
 from experiments.kvcache.keyformer import Config, cells, layers_of
 from experiments.kvcache.token_budgets import row_bytes
-from experiments.lab import experiment, figures, records
+from experiments.lab import figures
 from experiments.lab.claims import judge
 from hashml.kvcache.h2o import HeavyHitters
 from hashml.kvcache.keyformer import Keyformer
 
 DEFAULT = Config()
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The experiment and the rows of a run at scale tiny."""
-    folder = os.environ.get("HASHML_DATA")
-    if not folder or not (Path(folder) / "wikitext2/valid.txt.gz").is_file():
-        pytest.skip(f"needs wikitext2 under $HASHML_DATA, which is {folder or 'not set'}")
-    out = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
-        assert cli.main(["run", "kvcache.keyformer", "--scale", "tiny", "--out", str(out)]) == 0
-    record = records.read_record(out / "kvcache.keyformer" / "tiny")
-    assert record is not None
-    return experiment.load("kvcache.keyformer"), record.rows
+EXPERIMENT = "kvcache.keyformer"
+NEEDS = ("wikitext2/valid.txt.gz",)
 
 
 def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):

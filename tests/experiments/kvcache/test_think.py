@@ -1,17 +1,13 @@
 """ThinK: a run at the smallest scale, what chooses channels, the error of logits by a loop, claims that read rows."""
 
-import os
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import cli
 from experiments.kvcache import fixtures, think, think_cells
 from experiments.kvcache.think_cells import Cell, KeyNormChannels, RandomChannels
-from experiments.lab import experiment, figures, records
+from experiments.lab import figures
 from experiments.lab.claims import judge
 from hashml.kvcache.dense import Dense
 from hashml.kvcache.think import ThinK
@@ -19,20 +15,8 @@ from hashml.models.decoder import decoder_model, rms_norm
 
 TINY, DEFAULT = think.SCALES["tiny"], think.SCALES["default"]
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The experiment and the rows of a run at scale tiny, whose models can be found while the fixture lives."""
-    folder = os.environ.get("HASHML_DATA")
-    if not folder or not (Path(folder) / "wikitext2/valid.txt.gz").is_file():
-        pytest.skip(f"needs wikitext2 under $HASHML_DATA, which is {folder or 'not set'}")
-    out = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
-        assert cli.main(["run", "kvcache.think", "--scale", "tiny", "--out", str(out)]) == 0
-        record = records.read_record(out / "kvcache.think" / "tiny")
-        assert record is not None
-        yield experiment.load("kvcache.think"), record.rows
+EXPERIMENT = "kvcache.think"
+NEEDS = ("wikitext2/valid.txt.gz",)
 
 
 def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):
