@@ -30,12 +30,16 @@ from hashml.attention.code_lookup import agreeing_bits, collision_counts, lookup
 from hashml.attention.selector_contract import Index, Selector, grouped, mean_key, need, put, put_codes
 from hashml.coding import code_dtype
 from hashml.hashing.simhash import MAX_SOFT_BITS, corners, hard_hash, project, soft_hash, srp_planes
+from hashml_kernels.soft_collision_score import soft_collision_score
 
 _TOKENS = 256
 """Tokens whose projections exist at a time."""
 
 _HALF_MAX = 65504.0
 """The largest finite float16."""
+
+LEAST_SLOTS = 1024
+"""Below it the look-up by XLA takes no time worth a kernel."""
 
 
 def srp_codes(keys: Float[Array, "B K N D"], planes: Float32[Array, "L P D"]) -> UInt[Array, "B K N L"]:
@@ -157,10 +161,15 @@ class SimHashIndex(Selector):
     def scores(self, index: Index, q: Float[Array, "B H D"]) -> Float32[Array, "B K J N"]:
         codes = index.slots["codes"]
         found = self.similarity(index.fixed["planes"], grouped(q, codes.shape[1]), codes).astype(jnp.float32)
+        lengths = self.lengths(index)
+        return found if lengths is None else found * lengths[:, :, None].astype(jnp.float32)
+
+    def lengths(self, index: Index) -> Float[Array, "B K N"] | None:
+        """What scores are multiplied with."""
         if not self.value_norm_power:
-            return found
-        norms = index.slots["norms"].astype(jnp.float32)[:, :, None]
-        return found * (norms if self.value_norm_power == 1 else norms**self.value_norm_power)
+            return None
+        norms = index.slots["norms"]
+        return norms if self.value_norm_power == 1 else norms.astype(jnp.float32) ** self.value_norm_power
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,17 +178,24 @@ class Socket(SimHashIndex):
 
     Attributes:
         temperature: tau of the soft tables.
+        implementation: ``"auto"`` scores by `hashml_kernels.soft_collision_score` on GPUs and TPUs, for 1024 slots or
+            more, and by XLA elsewhere. An index whose heads lie on several devices wants `jax.shard_map` around a
+            kernel, or ``"xla"``.
 
     Raises:
-        ValueError: for a temperature that is not positive and finite, and as `SimHashIndex`.
+        ValueError: for a temperature that is not positive and finite, another ``implementation``, and as
+            `SimHashIndex`.
     """
 
     temperature: float | int = 0.3
+    implementation: Literal["auto", "xla"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be positive and finite")
+        if self.implementation not in ("auto", "xla"):
+            raise ValueError(f"implementation is {self.implementation!r}; allowed are 'auto' and 'xla'")
 
     def beta(self, width: int) -> float:
         """Inverse temperature of a bit, for heads of this width."""
@@ -189,6 +205,16 @@ class Socket(SimHashIndex):
         self, planes: Float32[Array, "L P D"], q: Float32[Array, "B K J D"], codes: UInt[Array, "B K L N"]
     ) -> Float32[Array, "B K J N"]:
         return socket_scores(q, planes, codes, self.beta(q.shape[-1]))
+
+    def scores(self, index: Index, q: Float[Array, "B H D"]) -> Float32[Array, "B K J N"]:
+        if self.implementation == "xla" or index.slots["codes"].shape[3] < LEAST_SLOTS:
+            return super().scores(index, q)
+        by_kernel = self._by_kernel
+        return jax.lax.platform_dependent(index, q, cuda=by_kernel, tpu=by_kernel, default=super().scores)
+
+    def _by_kernel(self, index: Index, q: Float[Array, "B H D"]) -> Float32[Array, "B K J N"]:
+        logits = 2 * self.beta(q.shape[-1]) * jnp.tanh(project(q, index.fixed["planes"]))
+        return soft_collision_score(index.slots["codes"], self.lengths(index), logits).values
 
 
 @dataclasses.dataclass(frozen=True)

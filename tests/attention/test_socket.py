@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from hashml.attention.selector_contract import index_bits, slot_positions
 from hashml.attention.socket import (
@@ -291,6 +292,40 @@ def test_no_float_for_every_table_and_key():
         memory = found.memory_analysis()
         assert memory is not None
         assert memory.temp_size_in_bytes < 4 * (4 * tables * slots) / 2
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_kernels_score_as_the_look_up(inputs, power):
+    """By XLA's form of the kernel's op; `tests/kernels` holds the kernels equal to it."""
+    q, k, v = inputs
+    selector = Socket(tables=L, bits=P, value_norm_power=power)
+    index = build(selector, k, v, FULL)
+    found = jax.jit(selector._by_kernel)(index, q)
+    assert found.shape == (B, K, J, N)
+    np.testing.assert_allclose(found, score(selector, index, q), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_long_indices_are_scored_by_a_kernel_where_there_is_one():
+    chips = {"cpu": ("cpu", "cpu"), "cuda": ("NVIDIA H200", "gpu"), "tpu": ("TPU v5 lite", "tpu")}
+
+    def kernels(platform, slots, implementation):
+        selector = Socket(tables=5, implementation=implementation)
+        kind, device = chips[platform]
+        mesh = AbstractMesh(
+            (1,), ("x",), abstract_device=AbstractDevice(kind, 1 if device == "tpu" else None, device)
+        )
+        keys = jax.ShapeDtypeStruct((1, 2, slots, D), jnp.float32)
+        positions = jax.ShapeDtypeStruct((1, 1, slots), jnp.int32)
+        index = jax.eval_shape(lambda k, at: selector.build(k, k, at, key=KEY), keys, positions)
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(selector.scores).trace(index, jax.ShapeDtypeStruct((1, 4, D), jnp.float32))
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return text.count("custom_call @tpu_custom_call") + text.count("custom_call @__gpu$xla.gpu.triton")
+
+    for platform in chips:
+        assert kernels(platform, 1024, "auto") == int(platform != "cpu")
+    assert kernels("cuda", 1023, "auto") == kernels("cuda", 1024, "xla") == 0
 
 
 def test_what_cannot_be_is_refused(inputs):
