@@ -127,6 +127,16 @@ def texts(size: Size, fixture: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     return tokens, harness.next_tokens(tokens), {}
 
 
+def calibration_text(size: Size, fixture: str, seed: int) -> Int32[np.ndarray, "B T"]:
+    """Training sequences that codebooks are learned from; none of them is scored."""
+    if fixture == "stories":
+        return told(_CALIBRATION + seed, size.calibration, size.length)
+    if fixture == "recall":
+        return recall.sequences(2 * size.calibration, stream(seed, "recall", "calibration")).tokens
+    train = language.splits(language_models.RECIPES[fixture].text).train
+    return language.sequences(train, size.length, size.calibration)
+
+
 @functools.lru_cache(maxsize=32)
 def tables(
     size: Size, fixture: str, seed: int, codecs: tuple[Codec, Codec], *, fisher: bool = True
@@ -137,13 +147,7 @@ def tables(
     learn = {Coupled: calibrate_coupled, NonUniformKeys: calibrate_nonuniform}.get(type(codecs[0]))
     if learn is None:
         return (LayerTables(),) * decoder.layers
-    if fixture == "stories":
-        text = told(_CALIBRATION + seed, size.calibration, size.length)
-    elif fixture == "recall":
-        text = recall.sequences(2 * size.calibration, stream(seed, "recall", "calibration")).tokens
-    else:
-        train = language.splits(language_models.RECIPES[fixture].text).train
-        text = language.sequences(train, size.length, size.calibration)
+    text = calibration_text(size, fixture, seed)
     trained = params(size, fixture, seed)
     arguments: Any = (jax.random.key(seed), decoder_model(decoder), trained, [text], *codecs)
 

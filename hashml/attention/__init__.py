@@ -34,6 +34,16 @@ from hashml.attention.linformer import linformer_attention as linformer_attentio
 from hashml.attention.magic_pig import MagicPig as MagicPig
 from hashml.attention.multi_head import HashedAttention as HashedAttention
 from hashml.attention.multi_head import padding_mask as padding_mask
+from hashml.attention.nomad import Nomad as Nomad
+from hashml.attention.nomad import encode_keys as encode_keys
+from hashml.attention.nomad import nomad_attention as nomad_attention
+from hashml.attention.nomad import nomad_codebooks as nomad_codebooks
+from hashml.attention.nomad import nomad_scores as nomad_scores
+from hashml.attention.nomad import pack_blocks as pack_blocks
+from hashml.attention.nomad import query_tables as query_tables
+from hashml.attention.nomad import unpack_blocks as unpack_blocks
+from hashml.attention.nomad import write_codes as write_codes
+from hashml.attention.nomad_keys import NomadKeys as NomadKeys
 from hashml.attention.oracle import OracleTopK as OracleTopK
 from hashml.attention.oracle import OracleTopP as OracleTopP
 from hashml.attention.performer import PerformerAttention as PerformerAttention

@@ -12,6 +12,7 @@ import scipy.stats
 from hashml.attention.double_sparsity import DoubleSparsity, heavy_channels
 from hashml.attention.hash_attention import HashAttention, hash_codes, hash_map, init_mlps, train_hash_attention
 from hashml.attention.magic_pig import MagicPig, collision_probability
+from hashml.attention.nomad import Nomad
 from hashml.attention.oracle import OracleTopK, OracleTopP
 from hashml.attention.pq_cache import PQCache
 from hashml.attention.quest import Quest
@@ -47,9 +48,11 @@ SELECTORS = {
     "pq_cache": PQCache(bits=3, iterations=3),
     "magic_pig": MagicPig(tables=40, bits=2, matches=1),
     "socket": Socket(tables=6, bits=4),
+    "nomad": Nomad(),
     "v_attention": VAttention(OracleTopK(), epsilon=0),
 }
-LEARNED = {"double_sparsity": CHANNELS, "hash_attention": MAPS}
+BOOK = jnp.asarray(np.random.default_rng(5).standard_normal((K, D // 2, 16, 2)), jnp.float32)
+LEARNED = {"double_sparsity": CHANNELS, "hash_attention": MAPS, "nomad": BOOK}
 SIZES = (3, 5, 8)
 
 
