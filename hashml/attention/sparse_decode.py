@@ -11,14 +11,19 @@ a list without a valid entry gives zeros.
 Who selects is `hashml.attention.selector_contract`'s matter. An index outside the slots counts as not valid. An index
 that stands twice counts twice, as in a sample with replacement: a selector names each token once (`combine` and
 `disjoint` there see to it).
+
+On a GPU the kernel `hashml_kernels.sparse_decode` reads the rows, once, where XLA writes and reads them again. Its
+TPU kernel wants pages of rows, which lists of tokens are not: there XLA serves.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from hashml_kernels import sparse_decode as kernel
 
 MASKED = -1e30
 """Logit of an entry that is not valid: finite, so that no difference of two is NaN."""
@@ -62,6 +67,7 @@ def sparse_decode(
     *,
     scale: float | int | None = None,
     block: int = 256,
+    implementation: Literal["auto", "xla"] = "auto",
 ) -> Float[Array, "B H V"]:
     """Attention of one query a head over the tokens of a `Selection`, in the dtype of ``v``.
 
@@ -70,12 +76,29 @@ def sparse_decode(
         k, v: keys and values of N slots.
         idx, valid, weight: a `Selection`, unpacked.
         scale: of the logits; ``None``: ``1 / sqrt(D)``.
-        block: entries of the list that are gathered at a time; it changes rounding alone.
+        block: entries of the list that are gathered at a time by XLA; it changes rounding alone.
+        implementation: ``"auto"`` is the platform's kernel where it serves, and XLA elsewhere. Derivatives are XLA's.
 
     Raises:
-        ValueError: for heads that do not divide, no slot, or a block below 1.
+        ValueError: for heads that do not divide, no slot, a block below 1, or another ``implementation``.
     """
-    return finish(sparse_partial(q, k, v, idx, valid, weight, scale=scale, block=block)).astype(v.dtype)
+    if implementation not in ("auto", "xla"):
+        raise ValueError(f"implementation is {implementation!r}; allowed are 'auto' and 'xla'")
+    _check_sizes(q, k, idx, block)
+
+    def xla(*operands: Array) -> Array:
+        return finish(sparse_partial(*operands, scale=scale, block=block)).astype(v.dtype)
+
+    def cuda(*operands: Array) -> Array:
+        try:
+            return kernel.sparse_decode(*operands, scale=scale, implementation="pallas_triton")
+        except NotImplementedError:  # it does not serve these sizes
+            return xla(*operands)
+
+    operands = (q, k, v, idx, valid, weight)
+    if implementation == "xla":
+        return xla(*operands)
+    return jax.lax.platform_dependent(*operands, cuda=cuda, default=xla)
 
 
 def sparse_partial(
@@ -90,12 +113,8 @@ def sparse_partial(
     block: int = 256,
 ) -> Partial:
     """`sparse_decode` before the division, ``value [B, H, V]``, for tokens that lie in several places."""
-    if block < 1:
-        raise ValueError(f"block is {block}; it must be at least 1")
-    check_heads(q.shape[1], k.shape[1], idx.shape[1])
+    _check_sizes(q, k, idx, block)
     slots, entries = k.shape[2], idx.shape[2]
-    if not slots:
-        raise ValueError(f"k has shape {k.shape}; there must be at least one slot")
     valid = valid & (idx >= 0) & (idx < slots)
 
     def part(idx: Array, valid: Array, weight: Array) -> Partial:
@@ -110,6 +129,14 @@ def sparse_partial(
         return jnp.moveaxis(padded.reshape(*x.shape[:2], -1, block), 2, 0)
 
     return _merged(jax.lax.map(lambda lists: part(*lists), (blocks(idx), blocks(valid), blocks(weight))))
+
+
+def _check_sizes(q: Array, k: Array, idx: Array, block: int) -> None:
+    if block < 1:
+        raise ValueError(f"block is {block}; it must be at least 1")
+    check_heads(q.shape[1], k.shape[1], idx.shape[1])
+    if not k.shape[2]:
+        raise ValueError(f"k has shape {k.shape}; there must be at least one slot")
 
 
 def rows_partial(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from hashml.attention.selector_contract import (
     check_gqa,
@@ -30,6 +31,7 @@ from hashml.attention.sparse_decode import (
     sparse_decode,
     sparse_partial,
 )
+from hashml_kernels import sparse_decode as kernel
 
 B, H, K, N, D, V = 2, 4, 2, 23, 8, 5
 
@@ -60,6 +62,11 @@ def naive(q, k, v, idx, valid, weight, scale=None):
                 above, below = above + e * v[b, of_key, i], below + e
         out[b, h] = above / below if below else 0.0
     return out
+
+
+def unchecked(*given, **named):
+    """The function without jaxtyping, whose own errors would come first."""
+    return getattr(sparse_decode, "__wrapped__", sparse_decode)(*given, **named)
 
 
 def dense(q, k, v):
@@ -157,8 +164,53 @@ def test_what_cannot_be_is_refused(inputs):
         sparse_decode(q, k, v, *as_selection(np.zeros((B, K, 1))), block=0)
     with pytest.raises(ValueError, match="there must be at least one slot"):
         sparse_decode(q, k[:, :, :0], v[:, :, :0], *as_selection(np.zeros((B, K, 1))))
+    with pytest.raises(ValueError, match="implementation is 'triton'; allowed are 'auto' and 'xla'"):
+        unchecked(q, k, v, *as_selection(np.zeros((B, K, 1))), implementation="triton")
     with pytest.raises(ValueError, match="parts is empty"):
         merge_partials()
+
+
+# the kernel
+
+
+@functools.cache
+def picked():
+    """Entries out of range, others that are not valid, and weights."""
+    idx = np.random.default_rng(7).integers(-2, N + 2, (B, K, 9))
+    return as_selection(idx, idx % 3 > 0, 1.0 + idx % 2)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize(("platform", "kind", "kernels"), [("cpu", "cpu", 0), ("cuda", "gpu", 1), ("tpu", "tpu", 0)])
+def test_gpus_have_a_kernel(inputs, platform, kind, kernels):
+    names = {"cpu": "cpu", "cuda": "NVIDIA H200", "tpu": "TPU v5 lite"}
+    device = AbstractDevice(names[platform], 1 if kind == "tpu" else None, kind)
+    chosen = picked()
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        for implementation, expected in (("auto", kernels), ("xla", 0)):
+            traced = jax.jit(sparse_decode, static_argnames="implementation").trace(
+                *inputs, *chosen, implementation=implementation
+            )
+            assert traced.lower(lowering_platforms=(platform,)).as_text().count("xla.gpu.triton") == expected
+
+
+def test_the_kernel_means_the_same(inputs):
+    found = jax.jit(functools.partial(kernel.sparse_decode, implementation="pallas_triton"))(*inputs, *picked())
+    close(found, decode(*inputs, *picked()))
+
+
+def test_that_gpus_have_a_kernel_changes_nothing_here(inputs):
+    """Derivatives of both modes, and a batch of calls, on the platform of the tests."""
+
+    def every(implementation, q, k, v):
+        def total(q, k, v):
+            return (sparse_decode(q, k, v, *picked(), implementation=implementation) ** 2).sum()
+
+        batch = jax.vmap(total)(*(jnp.stack([x, 2 * x]) for x in (q, k, v)))
+        return total(q, k, v), batch, jax.grad(total, (0, 1, 2))(q, k, v), jax.jvp(total, (q, k, v), (q, k, v))
+
+    one, other = (jax.jit(functools.partial(every, name))(*inputs) for name in ("auto", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 # lists
