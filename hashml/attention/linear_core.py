@@ -29,7 +29,7 @@ from hashml.attention.linear_state import (
     init_state,
     merge_states,
 )
-from hashml.attention.linear_unordered import collect_keys, read_queries
+from hashml.attention.linear_unordered import collect_tiles, read_tiles
 from hashml_kernels.manual_axes import varying_alike
 
 TILE, CHUNK = 2048, 64
@@ -122,14 +122,14 @@ def feature_attention(
     (grouped, k, v, mask, params, before), _ = varying_alike(grouped, k, v, mask, params, state)
     total = None
     if axis_name is not None:
-        own = collect_keys(form, params, k, v, mask, jax.tree.map(jnp.zeros_like, before))
+        own = collect_tiles(form, params, k, v, mask, jax.tree.map(jnp.zeros_like, before))
         before, total = _across(own, state, axis_name, causal)
         (_, before), _ = varying_alike(grouped, before)
     if causal:
         out, after = causal_attention(form, grouped, k, v, mask, params, before)
     else:
-        after = collect_keys(form, params, k, v, mask, before) if total is None else total
-        out = read_queries(form, v.dtype, params, grouped, after)
+        after = collect_tiles(form, params, k, v, mask, before) if total is None else total
+        out = read_tiles(form, v.dtype, params, grouped, after)
     after = after if total is None else total
     return out.reshape(batch, heads, length, v.shape[-1]), after
 

@@ -1,6 +1,6 @@
 """The pass without order of attention by features: once over the keys, once over the queries, a tile at a time.
 
-`collect_keys` adds keys to a state, `read_queries` reads it. A tile is cut out of the whole array and its gradient
+`collect_tiles` adds keys to a state, `read_tiles` reads it. A tile is cut out of the whole array and its gradient
 written over it, so that beside queries, keys and values no array of the sequence's length exists, forward or
 backward: no copy in another order, no features. The price is that a gradient of a gradient is not to be had.
 """
@@ -60,8 +60,8 @@ def _collect_backward(form: Form, saved: tuple, d_state: LinearState) -> tuple:
     return d_params, d_k[..., :length, :], d_v[..., :length, :], None, d_state
 
 
-collect_keys = jax.custom_vjp(_collect, nondiff_argnums=(0,))
-collect_keys.defvjp(_collect_forward, _collect_backward)
+collect_tiles = jax.custom_vjp(_collect, nondiff_argnums=(0,))
+collect_tiles.defvjp(_collect_forward, _collect_backward)
 
 
 def _reading(form: Form, params: Any, q: Array, state: LinearState) -> Array:
@@ -107,8 +107,8 @@ def _read_backward(form: Form, dtype: Any, saved: tuple, d_out: Array) -> tuple:
     return d_params, d_q[..., :length, :], d_state
 
 
-read_queries = jax.custom_vjp(_read, nondiff_argnums=(0, 1))
-read_queries.defvjp(_read_forward, _read_backward)
+read_tiles = jax.custom_vjp(_read, nondiff_argnums=(0, 1))
+read_tiles.defvjp(_read_forward, _read_backward)
 
 
 def _padded(x: Array, length: int) -> Array:

@@ -36,6 +36,7 @@ from hashml_kernels.cache_decode.formats import (
     codes_a_byte,
 )
 from hashml_kernels.cache_decode.sines import sine_and_cosine
+from hashml_kernels.half_floats import half_to_float
 from hashml_kernels.manual_axes import varying_alike
 
 _LANES = 128
@@ -173,16 +174,6 @@ class _Plan(NamedTuple):
 # --- inside the kernel ----------------------------------------------------------------------------
 
 
-def _half_to_float(bits: Any) -> Any:
-    """float16 numbers, given as uint16, as float32."""
-    bits = bits.astype(jnp.int32)
-    magnitude = bits & 0x7FFF
-    normal = lax.bitcast_convert_type((magnitude << 13) + ((127 - 15) << 23), jnp.float32)
-    tiny = (magnitude & 0x3FF).astype(jnp.float32) * np.float32(2.0**-24)
-    number = jnp.where(magnitude >= 0x400, normal, tiny)
-    return jnp.where(bits >= 0x8000, -number, number)
-
-
 def _along_lanes(table: Any, index: Any) -> Any:
     """``table[i, index[i, n]]`` for a table of 128 columns."""
     return jnp.take_along_axis(table, index, axis=1)
@@ -220,7 +211,7 @@ def _decode(form: Format, leaves: Any, h: Any, width: int, valid: Any) -> list[A
     if width // stride == _LANES:
         codes = codes.astype(jnp.float32).T
     tiles = _unpacked(codes, stride)
-    scale, minimum = (_half_to_float(leaf[0, h]) for leaf in leaves[1:])
+    scale, minimum = (half_to_float(leaf[0, h]) for leaf in leaves[1:])
     rows, slots = tiles[0].shape
     assert isinstance(form, IntegerFormat | KiviFormat)
     if isinstance(form, IntegerFormat):

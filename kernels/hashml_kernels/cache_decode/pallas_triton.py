@@ -33,8 +33,9 @@ from hashml_kernels.cache_decode.formats import (
     codes_a_byte,
 )
 from hashml_kernels.cache_decode.sines import sine_and_cosine
-from hashml_kernels.cache_decode.triton_tiles import Piece, Tile, count_to, fused, pieces_of, unfused
+from hashml_kernels.cache_decode.triton_tiles import Piece, Tile, pieces_of
 from hashml_kernels.manual_axes import varying_alike
+from hashml_kernels.triton_arithmetic import count_to, fused, unfused
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _WIDTHS = (16, 256)

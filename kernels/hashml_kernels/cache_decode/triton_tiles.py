@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
@@ -20,6 +19,7 @@ from hashml_kernels.cache_decode.formats import (
     Quantised,
     codes_a_byte,
 )
+from hashml_kernels.triton_arithmetic import count_to
 
 
 class Piece(NamedTuple):
@@ -56,29 +56,6 @@ def pieces_of(form: Format, width: int, pairs: Pairs | None) -> list[Piece]:
     else:
         order = list(range(step))
     return [Piece(place, width // unit, unit, step) for place in order]
-
-
-def fused(a: Any, b: Any, c: Any) -> Any:
-    """``a b + c`` in one instruction, which XLA does not make of two: it is half of what the kernel does."""
-    shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (a, b, c)))
-    a, b, c = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape) for x in (a, b, c))
-    [found] = plt.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[a, b, c],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-    )
-    return found
-
-
-def unfused(a: Any, b: Any, c: Any) -> Any:
-    """The same for the interpreter."""
-    return a * b + c
-
-
-def count_to(size: int) -> Any:
-    return jnp.arange(size, dtype=jnp.int32)
 
 
 def _load(ref: Any, head: int, rows: Any, columns: Any, mask: Any) -> Any:

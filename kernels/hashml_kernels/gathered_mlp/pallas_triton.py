@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from hashml_kernels.annotations import Array
-from hashml_kernels.cache_decode.triton_tiles import count_to, fused, unfused
 from hashml_kernels.gathered_mlp.lists import Activation, Operands, activate
 from hashml_kernels.manual_axes import varying_alike
+from hashml_kernels.triton_arithmetic import count_to, fused, unfused
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _MOST_ROWS = 64  # of a list: beyond, a dense product on the tensor cores is the better choice

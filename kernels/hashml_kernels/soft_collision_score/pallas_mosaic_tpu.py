@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hashml_kernels.annotations import Array
-from hashml_kernels.cache_decode.pallas_mosaic_tpu import _half_to_float
+from hashml_kernels.half_floats import half_to_float
 from hashml_kernels.manual_axes import varying_alike
 from hashml_kernels.soft_collision_score.operands import Operands, Piece, Scores, judged, piece_tables, pieces_of
 
@@ -138,7 +138,7 @@ def _kernel(pieces: list[Piece], plan: _Plan, slots: int, block: int, weighted: 
     if norms is not None and lengths is not None:
         own = norms[0]
         # Mosaic has no float16: they come as their bits.
-        lengths[...] = _half_to_float(own) if own.dtype == jnp.uint16 else own.astype(jnp.float32)
+        lengths[...] = half_to_float(own) if own.dtype == jnp.uint16 else own.astype(jnp.float32)
 
     def sums(place: Any, first: int, last: int, here: Any, totals: list[Any]) -> list[Any]:
         """Totals of each query with the entries of rows ``first .. last - 1`` of what lies at ``place``."""

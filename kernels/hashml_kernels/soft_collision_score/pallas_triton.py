@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from hashml_kernels.annotations import Array
-from hashml_kernels.cache_decode.triton_tiles import count_to, fused, unfused
 from hashml_kernels.manual_axes import varying_alike
 from hashml_kernels.soft_collision_score.operands import Operands, Piece, Scores, judged, piece_tables, pieces_of
+from hashml_kernels.triton_arithmetic import count_to, fused, unfused
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _PIECE = 5  # bits: 32 floats

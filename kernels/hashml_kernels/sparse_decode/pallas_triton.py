@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from hashml_kernels.cache_decode.triton_tiles import count_to, fused, unfused
 from hashml_kernels.manual_axes import varying_alike
 from hashml_kernels.sparse_decode.lists import MASKED, Operands, Partial, merge
+from hashml_kernels.triton_arithmetic import count_to, fused, unfused
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _MOST_WIDTH = 256
