@@ -23,7 +23,7 @@ def gathered_mlp(
     w_in: Float[AnyArray, "F E"],
     w_out: Float[AnyArray, "F E"],
     idx: AnyArray,
-    valid: AnyArray,
+    valid: AnyArray | None = None,
     *,
     w_gate: Float[AnyArray, "F E"] | None = None,
     b_in: Float[AnyArray, " F"] | None = None,
@@ -43,7 +43,7 @@ def gathered_mlp(
         w_in, w_out: of F neurons, any float dtype.
         idx: int ``[M]``, one list for the batch, or ``[B, M]``, a list a row. With ``block`` above 1 numbers of
             blocks, neurons ``block i .. block i + block - 1``, of which the last block may have fewer.
-        valid: bool, as ``idx``.
+        valid: bool, as ``idx``; None: all entries count.
         w_gate: of a gated perceptron; None: the factor is 1.
         b_in: None: zeros. A bias of the output is the caller's to add.
         activation: ``"gelu"`` is the approximation by tanh.
@@ -59,6 +59,7 @@ def gathered_mlp(
         ValueError: for shapes that do not fit, naming them.
         NotImplementedError: where an ``implementation`` asked for by name does not serve the problem.
     """
+    valid = np.ones(idx.shape, np.bool_) if valid is None else valid
     given = {"x": x, "w_in": w_in, "w_gate": w_gate, "b_in": b_in, "w_out": w_out, "idx": idx, "valid": valid}
     arrays = {name: jnp.asarray(array) for name, array in given.items() if array is not None}
     _check(arrays)
