@@ -46,6 +46,16 @@ from hashml.attention.nomad import write_codes as write_codes
 from hashml.attention.nomad_keys import NomadKeys as NomadKeys
 from hashml.attention.oracle import OracleTopK as OracleTopK
 from hashml.attention.oracle import OracleTopP as OracleTopP
+from hashml.attention.pair_connect import PairConnect as PairConnect
+from hashml.attention.pair_connect import attention_pair_table as attention_pair_table
+from hashml.attention.pair_connect import distance_bucket as distance_bucket
+from hashml.attention.pair_connect import hashed_pair_connect as hashed_pair_connect
+from hashml.attention.pair_connect import pair_attention as pair_attention
+from hashml.attention.pair_connect import pair_connect as pair_connect
+from hashml.attention.pair_connect import pair_rows as pair_rows
+from hashml.attention.pair_connect import pair_table_rows as pair_table_rows
+from hashml.attention.pair_connect_model import PairConnectLM as PairConnectLM
+from hashml.attention.pair_connect_model import ResidualMLP as ResidualMLP
 from hashml.attention.performer import PerformerAttention as PerformerAttention
 from hashml.attention.performer import orthogonal_directions as orthogonal_directions
 from hashml.attention.performer import performer_attention as performer_attention
