@@ -10,6 +10,8 @@ tends to the rate of collisions in the tables, whose mean is that of *angular at
 ``normalization="per_bucket"`` is the released causal code: each bucket's mean value, summed over the ``L`` tables
 and not averaged, so that it is ``L`` times a weighted mean. ``beta`` is trained; the planes never are.
 
+On a GPU or TPU `hashml_kernels.race_attention` computes it, where it serves.
+
 Departures: ``phi`` has a floor of 1e-15 (lost in rounding but for beta above 5, where a query whose buckets hold no
 key gets the mean of the values instead of 0 / 0). There are no weights to drop: dropout falls on the heads' outputs.
 """
@@ -26,6 +28,7 @@ from hashml.attention.linear_core import CHUNK, TILE, feature_attention
 from hashml.attention.linear_state import LinearState, Normalization, init_state
 from hashml.attention.multi_head import HashedAttention
 from hashml.hashing.simhash import soft_hash, srp_planes
+from hashml_kernels import race_attention as kernels
 
 AnyArray = Array | np.ndarray
 
@@ -67,6 +70,7 @@ def race_attention(
     tile: int = TILE,
     chunk: int = CHUNK,
     axis_name: str | None = None,
+    implementation: kernels.Implementation = "auto",
 ) -> Float[Array, "B H T V"]:
     """Attention with the soft-collision kernel, linear in T + N. Keys and queries are not normalised.
 
@@ -79,10 +83,22 @@ def race_attention(
         mask: keys that exist. A query that sees none gets zeros.
         tile, chunk: sizes of the passes; they change rounding alone.
         axis_name: an axis of the mesh over which `jax.shard_map` split the sequence, in order.
+        implementation: ``"auto"`` takes the platform's kernel where there is one that serves, with global
+            normalisation and the sequence on one device, else the passes of `feature_attention`; any other is that of
+            `hashml_kernels.race_attention`.
 
     Raises:
         ValueError: as `feature_attention` and `soft_hash`.
+        NotImplementedError: where an ``implementation`` asked for by name does not serve the problem.
     """
+    whole = normalization == "global" and axis_name is None
+    if implementation != "auto" and not whole:
+        raise NotImplementedError(
+            f"implementation is {implementation!r} with normalization={normalization!r} and axis_name={axis_name!r}; "
+            f"it takes 'global' and None, and 'auto' takes all"
+        )
+    if implementation != "auto" or (whole and _kernel_serves(q, k, v, planes, causal)):
+        return kernels.race_attention(q, k, v, planes, beta, causal=causal, mask=mask, implementation=implementation)
     out, _ = race_extend(
         None,
         q,
@@ -98,6 +114,17 @@ def race_attention(
         axis_name=axis_name,
     )
     return out
+
+
+def _kernel_serves(q: Array, k: Array, v: Array, planes: AnyArray, causal: bool) -> bool:
+    """Whether this machine's default device has a kernel for these operands."""
+    match jax.default_backend():
+        case "gpu":
+            return kernels.serves("pallas_triton", q, k, v, planes, causal=causal)
+        case "tpu":
+            return kernels.serves("pallas_mosaic_tpu", q, k, v, planes, causal=causal)
+        case _:
+            return False
 
 
 def race_extend(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from hashml.attention import race
 from hashml.attention.linear_state import merge_states
 from hashml.attention.race import (
     angular_attention,
@@ -20,7 +21,7 @@ from hashml.hashing.simhash import corners, srp_planes
 
 B, H, K, T, D, V, TABLES, BITS = 2, 4, 2, 71, 5, 3, 3, 2
 STATIC = ("causal", "normalization", "tile", "chunk")
-attend = jax.jit(race_attention, static_argnames=STATIC)
+attend = jax.jit(race_attention, static_argnames=(*STATIC, "implementation"))
 extend = jax.jit(race_extend, static_argnames=STATIC)
 
 
@@ -87,6 +88,33 @@ def test_constant_values_come_back_and_rows_lie_in_the_hull(inputs, causal):
         found = np.asarray(attend(q, k, v, inputs["planes"], beta, causal=causal)).reshape(B, K, -1, T, V)
         for bound, outside in ((v.max(2), found.max((2, 3))), (-v.min(2), (-found).max((2, 3)))):
             assert (outside <= np.asarray(bound) + 1e-5).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernels_package_computes_the_same(inputs, causal):
+    found = attend(*qkv(inputs), inputs["planes"], 1.3, causal=causal, implementation="xla")
+    close(found, exact(inputs, 1.3, causal=causal))
+
+
+def test_kernels_are_for_the_global_form(inputs):
+    with pytest.raises(NotImplementedError, match="implementation is 'xla' with normalization='per_bucket'"):
+        attend(*qkv(inputs), inputs["planes"], normalization="per_bucket", implementation="xla")
+
+
+def test_a_machine_with_a_gpu_takes_its_kernel(inputs, monkeypatch):
+    """By name of the backend that jax would run on; the program for it is looked at in tests/kernels."""
+    taken = []
+
+    def kernel(q, k, v, *_, implementation, **how):
+        taken.append(implementation)
+        return jnp.zeros((*q.shape[:3], v.shape[3]))
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(race.kernels, "race_attention", kernel)
+    for normalization in ("global", "per_bucket"):
+        attention = functools.partial(race_attention, normalization=normalization)
+        jax.eval_shape(attention, *qkv(inputs), inputs["planes"])
+    assert taken == ["auto"]
 
 
 def test_per_bucket_sums_the_tables(inputs):
