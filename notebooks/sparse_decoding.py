@@ -139,7 +139,7 @@ def read(selector) -> np.ndarray:
 chosen = {name: read(selector) for name, selector in selectors.items()}
 exact = np.asarray(weights[0, :, half:]).swapaxes(0, 1)
 shown = {"exact attention": exact.mean(axis=1) * 4} | {name: rows.mean(axis=1) for name, rows in chosen.items()}
-figure, axes = new_figure(4, 2, width=15, height=5.4)
+figure, axes = new_figure(4, 2, width=12.5, height=5)
 for ax, (title, rows) in zip(axes, shown.items(), strict=False):
     ax.imshow(rows, cmap="Greys", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     ax.set_title(title, loc="left")
