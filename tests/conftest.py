@@ -1,8 +1,6 @@
 """The whole run sees eight host devices, and checks every annotated shape and dtype."""
 
-import gc
 import os
-from pathlib import Path
 
 import pytest
 
@@ -16,17 +14,12 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["hashml", "hashml_kernels", "experiments"], "beartype.beartype")
 
-MAPPINGS = Path("/proc/self/maps")
-MOST_MAPPINGS = 20_000
-"""Linux lets a process have 65,530 (vm.max_map_count); XLA crashes when it gets no more for a program."""
-
 
 @pytest.fixture(scope="module", autouse=True)
 def old_programs_are_forgotten():
-    """Every compiled program takes some mappings for as long as jax keeps it, which is for ever."""
+    """A worker compiles more than a process can hold."""
     yield
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
-        import jax
+    # Not before the hook above is there.
+    from experiments.lab.programs import forget_programs
 
-        jax.clear_caches()
-        gc.collect()
+    forget_programs()

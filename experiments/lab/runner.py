@@ -8,6 +8,7 @@ from rich.console import Console
 
 from experiments.lab import environment, records
 from experiments.lab.experiment import Experiment
+from experiments.lab.programs import forget_programs
 from experiments.lab.progress import Watch, watch
 from experiments.lab.records import CONFIG, ENVIRONMENT, ROWS, STATE, Record, RecordError, RowLog
 from experiments.lab.trial import Row
@@ -97,6 +98,7 @@ def _measure(experiment: Experiment, config: Any, folder: Path, log: RowLog, pro
             values = trial.measure()
             log.append(records.make_row(key, values, time.perf_counter() - start))
             measured += 1
+            forget_programs()
         progress.done(saved=identity in saved)
     stale = [row for identity, row in saved.items() if identity not in yielded]
     if stale:

@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from experiments.lab import Trial
+from experiments.lab import Trial, runner
 from experiments.lab.experiment import Experiment
 from experiments.lab.records import RecordError, read_json
 from experiments.lab.runner import execute
@@ -67,6 +67,15 @@ def bench(tmp_path):
 
 
 ALL = [{"seed": seed, "auc": seed * 0.5} for seed in range(4)]
+
+
+def test_programs_are_forgotten_after_every_measured_trial(bench, monkeypatch):
+    asked = []
+    monkeypatch.setattr(runner, "forget_programs", lambda: asked.append(len(bench.measured)))
+    bench.run()
+    assert asked == [1, 2, 3, 4]
+    bench.run()
+    assert asked == [1, 2, 3, 4]
 
 
 def test_each_row_is_written_before_the_next_trial_is_asked_for(bench):
