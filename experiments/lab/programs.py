@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 MAPPINGS = Path("/proc/self/maps")
-MOST_MAPPINGS = 20_000
-"""Linux lets a process have 65,530 (vm.max_map_count); XLA crashes when it gets no more for a program."""
+MOST_MAPPINGS = 8_000
+"""Linux lets a process have 65,530 (vm.max_map_count); XLA crashes when it gets no more for a program. At 24,000 a
+worker of the test-suite held 5 GB."""
 
 
 def forget_programs(most: int = MOST_MAPPINGS) -> bool:
