@@ -318,3 +318,7 @@ def _panel(ax: Axes, rows: pl.DataFrame, quality: str) -> None:
         ax.errorbar(points["bytes_per_token"], points[quality], points["error"], label=line, **style)
         if line == "full":
             ax.axhline(float(points[quality][0]), color="0.6", linewidth=0.8)
+    most = rows[quality].max()
+    if isinstance(most, float) and most > 1:
+        # One cache that breaks a model would press all others onto the axis.
+        ax.set_yscale("symlog", linthresh=0.05)
