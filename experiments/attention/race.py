@@ -67,12 +67,12 @@ class Config:
     context: int = 128
     steps: int = 450
     batch_size: int = 8
-    learning_rates: tuple[float, ...] = (0.0025, 0.005, 0.01)
+    learning_rates: tuple[float, ...] = (0.0025, 0.005, 0.01, 0.02)
     held_out: int = 192
     """Sequences of the validation and of the test part."""
     recall: tuple[str, ...] = ("softmax", "race-3x3", "race-4x4", "linear")
     recall_steps: int = 600
-    recall_rates: tuple[float, ...] = (0.001, 0.003, 0.01)
+    recall_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
     features: int = 64
     layers: int = 2
     seeds: int = 3

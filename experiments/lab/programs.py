@@ -4,6 +4,8 @@ import gc
 import sys
 from pathlib import Path
 
+from experiments.lab.allocator import return_freed_memory
+
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 8_000
 """Linux lets a process have 65,530 (vm.max_map_count); XLA crashes when it gets no more for a program. At 24,000 a
@@ -22,4 +24,5 @@ def forget_programs(most: int = MOST_MAPPINGS) -> bool:
         return False
     jax.clear_caches()
     gc.collect()
+    return_freed_memory()
     return True
