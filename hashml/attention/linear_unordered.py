@@ -1,8 +1,8 @@
 """The pass without order of attention by features: once over the keys, once over the queries, a tile at a time.
 
 `collect_tiles` adds keys to a state, `read_tiles` reads it. A tile is cut out of the whole array and its gradient
-written over it, so that beside queries, keys and values no array of the sequence's length exists, forward or
-backward: no copy in another order, no features. The price is that a gradient of a gradient is not to be had.
+written over it (that of values beside them), so that beside queries, keys, values and gradients no array of the
+sequence's length exists, forward or backward: no copy in another order, no features. The price is that a gradient of a gradient is not to be had.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ def _collect_backward(form: Form, saved: tuple, d_state: LinearState) -> tuple:
     exists = _key_mask(mask, k, tiles * tile)
 
     def step(place: Array, carry: tuple) -> tuple:
-        d_params, k, v = carry
+        d_params, k, d_v = carry
         mask_tile = _cut(exists, place, tile)
         _, pull = jax.vjp(
             lambda params, k, v: _contribution(form, params, k, v, mask_tile),
@@ -52,10 +52,13 @@ def _collect_backward(form: Form, saved: tuple, d_state: LinearState) -> tuple:
             _cut(k, place, tile),
             _cut(v, place, tile),
         )
-        by_tile, d_k, d_v = pull(d_state)
-        return jax.tree.map(jnp.add, d_params, by_tile), _put(k, d_k, place), _put(v, d_v, place)
+        by_tile, k_rows, v_rows = pull(d_state)
+        return jax.tree.map(jnp.add, d_params, by_tile), _put(k, k_rows, place), _put(d_v, v_rows, place)
 
-    start = (jax.tree.map(jnp.zeros_like, params), _padded(k, tiles * tile), _padded(v, tiles * tile))
+    k, v = _padded(k, tiles * tile), _padded(v, tiles * tile)
+    # Not over the values: no gradient of a value waits for the value to be read, so that a compiler that writes first
+    # must keep, and copies, all of them in every step.
+    start = (jax.tree.map(jnp.zeros_like, params), k, jnp.zeros_like(v))
     d_params, d_k, d_v = jax.lax.fori_loop(0, tiles, step, start)
     return d_params, d_k[..., :length, :], d_v[..., :length, :], None, d_state
 

@@ -271,6 +271,20 @@ def test_nothing_is_nan_at_any_length_or_temperature(inputs):
     close(alone, np.full((1, 1, 1, 1), 1.5))
 
 
+def test_a_gradient_keeps_no_second_copy_of_a_long_sequence():
+    """A copy within the loop over tiles would be made in every step: time would grow as the square of the length."""
+    length, planes = 2**15, srp_planes(jax.random.key(0), TABLES, BITS, 64)
+    x = jax.ShapeDtypeStruct((1, 1, length, 64), jnp.float32)
+
+    def gradient(q, k, v, g):
+        out, pull = jax.vjp(lambda q, k, v: race_attention(q, k, v, planes), q, k, v)
+        return out, *pull(g)
+
+    memory = jax.jit(gradient).lower(x, x, x, x).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * length * 64 / 2
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_sequence_over_eight_devices_is_the_sequence(inputs, causal):
     """Values and the state; in order, where states are exchanged before the pass, all gradients too."""
