@@ -370,14 +370,16 @@ def figure(rows: pl.DataFrame) -> Figure:
         part = text.filter(pl.col("method") == method)
         points = part.group_by("key_bytes").agg(pl.col("nll").mean()).sort("key_bytes")
         axes[0].plot(points["key_bytes"], points["nll"], "k*" if method == "full" else "o-", label=method)
-    axes[0].set(xscale="log", xlabel="bytes of a key of one head", ylabel="nats a byte of text", title="f1")
+    axes[0].set_xscale("log", base=2)
+    axes[0].set(xlabel="bytes of a key of one head", ylabel="nats a byte of text", title="f1")
     errors = (
         rows.filter(pl.col("part") == "budget").group_by("channels").agg(pl.col("score_error", "table_error").mean())
     )
     errors = errors.sort("channels")
     for name, label in (("score_error", "codes"), ("table_error", "tables of bytes, on their own")):
         axes[1].plot(errors["channels"], errors[name], "o-", label=label)
-    axes[1].set(xscale="log", yscale="log", xlabel="coordinates of a code", title="Gaussian keys, width 64",
+    axes[1].set_xscale("log", base=2)
+    axes[1].set(yscale="log", xlabel="coordinates of a code", title="Gaussian keys, width 64",
                 ylabel="error of scores over their deviation")  # fmt: skip
     for ax, part in zip(axes[2:], TIMED, strict=True):
         timed = rows.filter(pl.col("part") == part)

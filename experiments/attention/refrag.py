@@ -58,10 +58,11 @@ class Config:
     features: int = 64
     layers: int = 2
     rows: int = 16
-    """Contexts of a batch, where these are whole."""
+    """Contexts of a batch of REFRAG's, where these are whole."""
     questions: int = 8
     """About each context while training."""
-    decoder_steps: int = 450
+    decoder_steps: int = 280
+    decoder_rows: int = 32
     decoder_rate: float = 0.005
     reconstruction_steps: int = 60
     reconstruction_rate: float = 0.003
@@ -81,10 +82,11 @@ class Config:
 
 SCALES = {
     "tiny": Config(sizes=(8,), selected=8, held_out=8, seeds=2, features=8, layers=1, rows=2, questions=2,
-                   decoder_steps=2, reconstruction_steps=2, continuation_steps=2, policy_steps=1, policy_rows=2,
-                   group=2, recipes=("untrained",), contexts=(32,), timed_features=8, timed_layers=1, repetitions=6),
+                   decoder_steps=2, decoder_rows=2, reconstruction_steps=2, continuation_steps=2, policy_steps=1,
+                   policy_rows=2, group=2, recipes=("untrained",), contexts=(32,), timed_features=8, timed_layers=1,
+                   repetitions=6),
     "default": Config(),
-    "paper": Config(features=128, layers=4, rows=64, decoder_steps=1000, reconstruction_steps=2000,
+    "paper": Config(features=128, layers=4, rows=64, decoder_steps=1000, decoder_rows=64, reconstruction_steps=2000,
                     continuation_steps=4000, policy_steps=1000, seeds=5,
                     recipes=("no_curriculum", "no_reconstruction", "direct", "untrained"),
                     contexts=(1024, 2048, 4096, 8192, 16384)),

@@ -70,6 +70,8 @@ class Plan(Protocol):
     @property
     def decoder_steps(self) -> int: ...
     @property
+    def decoder_rows(self) -> int: ...
+    @property
     def decoder_rate(self) -> float: ...
     @property
     def reconstruction_steps(self) -> int: ...
@@ -147,14 +149,16 @@ def trained_decoder(plan: Plan, seed: int) -> Params:
     step, optimizer = _decoder_step(plan)
     state = init_state(init_decoder(jax.random.key(seed), decoder_config(plan)), optimizer)
     keys = [stream(seed, "refrag", "decoder", part) for part in ("long", "short")]
-    rows = 4 * plan.rows
+    rows = 4 * plan.decoder_rows
     for at in range(plan.decoder_steps):
-        long = refrag_task.contexts(plan.rows, keys[0], questions=plan.questions, first=at * plan.rows)
+        long = refrag_task.contexts(
+            plan.decoder_rows, keys[0], questions=plan.questions, first=at * plan.decoder_rows
+        )
         few = refrag_task.contexts(rows, keys[1], questions=SHORT, passages=SHORT, first=at * rows)
-        short = few.context[: plan.rows]
+        short = few.context[: plan.decoder_rows]
         draws = uniform(stream(seed, "refrag", "order", at), np.arange(short.size)).reshape(short.shape)
         shuffled = np.take_along_axis(short, np.argsort(draws, axis=1), axis=1)
-        asked = np.concatenate([short, np.full((plan.rows, 1), REPEAT, np.int32), shuffled], axis=1)
+        asked = np.concatenate([short, np.full((plan.decoder_rows, 1), REPEAT, np.int32), shuffled], axis=1)
         again = np.broadcast_to(np.arange(1, asked.shape[1]) > short.shape[1], asked[:, 1:].shape)
         state, _ = step(state, _answers(long), _answers(few), (asked, again.astype(np.float32)))
     return state.params

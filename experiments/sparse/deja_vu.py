@@ -20,14 +20,13 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure, ratio_interval
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, ratio_interval
 from experiments.sparse.deja_vu_cells import HEADS, NEURONS, TOGETHER, Config, cells, measure
+from experiments.sparse.deja_vu_figure import figure as figure
+from experiments.sparse.deja_vu_figure import with_ratios
 
 PAPER = (
     "Liu, Wang, Dao, Zhou, Yuan, Song, Shrivastava, Zhang, Tian, Re, Chen: Deja Vu: Contextual Sparsity for "
@@ -287,25 +286,13 @@ CLAIMS = (
 
 # --- what is shown ------------------------------------------------------------------------------------
 
-NAMES = {
-    "dense": "dense",
-    "oracle": "oracle",
-    "static": "most frequent",
-    "magnitude": "largest weights",
-    "static_bytes": "most frequent, in the predictor's bytes",
-    "random": "random",
-    "fewer": "dense of fewer neurons",
-    "gathered": "gathered",
-    "predicted": "predicted and gathered",
-}
-
 
 def table(rows: pl.DataFrame) -> pl.DataFrame:
     """Means over seeds: loss, and over the dense model's with its standard error; recall; bytes of weights that a
     step of one row reads; shares of zeros and unions; the median time over the dense perceptron's."""
     wanted = ("nll", "recall", "head_recall", "perceptron_bytes", "bytes_per_token", "zeros", "cosine_before",
               "union_share", "ratio")  # fmt: skip
-    rows = _with_ratios(rows)
+    rows = with_ratios(rows)
     absent = [pl.lit(None, pl.Float64).alias(name) for name in wanted if name not in rows.columns]
     rows = rows.with_columns(absent)
     place = pl.when(pl.col("part") != "speed").then(pl.col("place"))
@@ -327,87 +314,3 @@ def table(rows: pl.DataFrame) -> pl.DataFrame:
             pl.col("ratio").median().alias("time over dense"),
         )
     )
-
-
-def _with_ratios(rows: pl.DataFrame) -> pl.DataFrame:
-    """Seconds over those of the dense perceptron in the same repetition."""
-    if "seconds" not in rows.columns:
-        return rows
-    base = pl.col("seconds").filter((pl.col("part") == "speed") & (pl.col("method") == "dense")).first()
-    return rows.with_columns((pl.col("seconds") / base.over("part", "place")).alias("ratio"))
-
-
-def figure(rows: pl.DataFrame) -> Figure:
-    """Loss against the share of neurons and against bytes, loss against heads, unions and times."""
-    drawing, axes = new_figure(3, 2, width=16, height=9)
-    _quality(axes[0], rows, "neurons", "kept", "share of neurons kept")
-    _quality(axes[1], rows, "neurons", "perceptron_bytes", "bytes of neurons and predictors a token")
-    _quality(axes[2], rows, "heads", "heads_kept", "share of heads kept")
-    _recalls(axes[3], rows)
-    _unions(axes[4], rows)
-    _times(axes[5], rows)
-    for ax in axes:
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize="x-small")
-    return drawing
-
-
-def _lines(rows: pl.DataFrame, part: str) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Label and rows of each way to choose."""
-    chosen = rows.filter((pl.col("part") == part) & (pl.col("method") != "dense"))
-    for (method, ahead), own in chosen.group_by("method", "lookahead", maintain_order=True):
-        label = NAMES.get(str(method), f"predictor, look-ahead {ahead}")
-        yield label, own
-
-
-def _quality(ax: Axes, rows: pl.DataFrame, part: str, x: str, label: str) -> None:
-    dense = rows.filter((pl.col("part") == "neurons") & (pl.col("method") == "dense"))
-    if "nll" not in rows.columns or dense.is_empty():
-        return
-    exact = dense.select("seed", pl.col("nll").alias("exact"))
-    for name, own in _lines(rows, part):
-        points = (
-            own.join(exact, on="seed")
-            .with_columns((pl.col("nll") / pl.col("exact") - 1).alias("excess"))
-            .group_by(x)
-            .agg(pl.col("excess").mean(), (pl.col("excess").std() / pl.len().sqrt()).alias("error"))
-            .sort(x)
-        )
-        style = {"oracle": "k*-", "random": "k:"}.get(name, "o-" if name.startswith("predictor") else "s--")
-        ax.errorbar(points[x], points["excess"], points["error"].fill_null(0), fmt=style, label=name)
-    ax.set(xlabel=label, ylabel="loss over the dense model's, less 1", yscale="symlog")
-    ax.set_yscale("symlog", linthresh=0.01)
-
-
-def _recalls(ax: Axes, rows: pl.DataFrame) -> None:
-    for name, own in _lines(rows, "neurons"):
-        points = own.group_by("kept").agg(pl.col("recall").mean()).sort("kept")
-        ax.plot(points["kept"], points["recall"], "o-", label=name)
-    ax.set(xlabel="share of neurons kept", ylabel="active neurons in the list")
-
-
-def _unions(ax: Axes, rows: pl.DataFrame) -> None:
-    part = rows.filter(pl.col("part") == "union")
-    if part.is_empty():
-        return
-    points = part.group_by("place").agg(pl.col("union_share").mean()).sort("place")
-    ax.plot(points["place"], points["union_share"], "o-", label="predictor")
-    kept = float(part["kept"][0])
-    batch = np.asarray(points["place"], float)
-    ax.plot(batch, 1 - (1 - kept) ** batch, "k:", label="independent lists")
-    ax.set(xscale="log", xlabel="rows of a batch", ylabel="share of neurons in the union", ylim=(0, 1.05))
-
-
-def _times(ax: Axes, rows: pl.DataFrame) -> None:
-    part = _with_ratios(rows).filter((pl.col("part") == "speed") & (pl.col("method") != "dense"))
-    for (method,), own in part.group_by("method", maintain_order=True):
-        points = own.group_by("kept").agg(
-            pl.col("ratio").median(),
-            pl.col("ratio").quantile(0.25).alias("low"),
-            pl.col("ratio").quantile(0.75).alias("high"),
-        ).sort("kept")  # fmt: skip
-        middle = points["ratio"].to_numpy()
-        spread = np.abs(np.stack([middle - points["low"].to_numpy(), points["high"].to_numpy() - middle]))
-        ax.errorbar(points["kept"], middle, spread, fmt="o-", label=NAMES[str(method)])
-    ax.axhline(1, color="0.6", linewidth=0.8)
-    ax.set(xlabel="share of neurons kept", ylabel="time over the dense perceptron's")
