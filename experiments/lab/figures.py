@@ -9,6 +9,7 @@ import matplotlib as mpl
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from experiments.lab.trial import Number
 
@@ -64,7 +65,11 @@ def describe(figure: Figure) -> str:
         drawn = f"{axes.get_ylabel()} against {axes.get_xlabel()}"
         parts += [axes.get_title(loc) for loc in ("left", "center", "right")]
         parts.append(drawn if axes.get_xlabel() and axes.get_ylabel() else "")
-        legend = axes.get_legend()
-        labels = [text.get_text() for text in legend.get_texts()] if legend else []
-        parts.append(f"lines: {', '.join(labels)}" if labels else "")
+        parts.append(_lines(axes.get_legend()))
+    parts += [_lines(legend) for legend in figure.legends]
     return "; ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part.strip()))
+
+
+def _lines(legend: Legend | None) -> str:
+    labels = [text.get_text() for text in legend.get_texts()] if legend else []
+    return f"lines: {', '.join(labels)}" if labels else ""

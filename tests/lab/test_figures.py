@@ -50,3 +50,7 @@ def test_the_axes_come_row_by_row():
 def test_a_figure_is_described():
     assert figures.describe(plot(ROWS)) == "Criteo; AUC against budget; lines: ROBE"
     assert figures.describe(new_figure()[0]) == ""
+    shared, (axes,) = new_figure()
+    axes.plot([0, 1], label="ROBE")
+    shared.legend(loc="outside lower center")
+    assert figures.describe(shared) == "lines: ROBE"
