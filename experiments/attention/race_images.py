@@ -34,12 +34,12 @@ class Config:
     methods: tuple[str, ...] = ("softmax", "race-2x2", "race-4x4", "race-2x2-bucket", "race-4x4-bucket", "linear",
                                 "performer-64", "performer-256", "angular-8", "linformer-128", "yoso-8",
                                 "mean")  # fmt: skip
-    train: int = 1600
+    train: int = 3200
     held_out: int = 1000
     """Images of the validation and of the test part."""
-    steps: int = 100
+    steps: int = 200
     batch_size: int = 16
-    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01)
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     features: int = 64
     layers: int = 2
     seeds: int = 3
