@@ -21,10 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import polars as pl
 from jaxtyping import Array
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from experiments.attention.pair_connect_models import Sizes
 from experiments.attention.pair_connect_training import characters, counts, outcomes, words
@@ -351,6 +353,7 @@ def figure(rows: pl.DataFrame) -> Figure:
     means = part.group_by("method", maintain_order=True).agg(
         pl.col("perplexity").mean(), pl.col("flops").first(), pl.col("bytes").first()
     )
+    colours = mpl.colormaps["tab20"](np.linspace(0, 1, 20))
     for ax, cost, title in ((axes[0], "flops", "FLOPs a token"), (axes[1], "bytes", "bytes stored")):
         for at, (name, perplexity, *costs) in enumerate(means.iter_rows()):
             spent = costs[0] if cost == "flops" else costs[1]
@@ -358,10 +361,14 @@ def figure(rows: pl.DataFrame) -> Figure:
                 ax.axhline(perplexity, color="0.6", linestyle=":", label=name)
                 continue
             marker = "o" if name.startswith(("pairs", "bigram")) else "s" if name.startswith("attention") else "x"
-            ax.plot([spent], [perplexity], marker, color=f"C{at % 10}", label=name)
-        ax.set(xscale="log", yscale="log", xlabel=title, ylabel="perplexity", title="Tiny Shakespeare, characters")
+            ax.plot([spent], [perplexity], marker, color=colours[at], label=name)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_locator(MaxNLocator(6))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.set(xlabel=title, ylabel="perplexity", title="Tiny Shakespeare, characters")
     memories = [(int(name[8:]), p, b) for name, p, _, b in means.iter_rows() if name.startswith("pairs-")]
     for (_, *one), (_, *other) in itertools.pairwise(sorted(memories)):
         axes[1].plot([one[1], other[1]], [one[0], other[0]], color="0.7", linewidth=1, zorder=0)
-    axes[1].legend(fontsize=7)
+    drawing.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return drawing
