@@ -23,7 +23,7 @@ BITS = (1, 2, 3, 4, 8)
 class Layout(NamedTuple):
     """How rows of ``count`` codes lie in bytes."""
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     bits: int
     slots: int
     width: int
