@@ -29,7 +29,7 @@ from experiments.data.text_classification import Texts
 from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure
 from experiments.sharing.image_models import train_and_score
 from hashml.accounting import stored_bytes
-from hashml.models.encoder import TextEncoder
+from hashml.models.text_encoder import TextEncoder
 from hashml.sharing import SharingMap
 from hashml.sharing.roast import RoastDense, RoastEmbed
 

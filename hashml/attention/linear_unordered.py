@@ -2,7 +2,8 @@
 
 `collect_tiles` adds keys to a state, `read_tiles` reads it. A tile is cut out of the whole array and its gradient
 written over it (that of values beside them), so that beside queries, keys, values and gradients no array of the
-sequence's length exists, forward or backward: no copy in another order, no features. The price is that a gradient of a gradient is not to be had.
+sequence's length exists, forward or backward: no copy in another order, no features. The price is that a gradient
+of a gradient is not to be had.
 """
 
 from typing import Any

@@ -21,7 +21,12 @@ from hashml.models.dlrm import binary_cross_entropy as binary_cross_entropy
 from hashml.models.dlrm import cat_interaction as cat_interaction
 from hashml.models.dlrm import dot_interaction as dot_interaction
 from hashml.models.dlrm import sum_bags as sum_bags
-from hashml.models.encoder import TextEncoder as TextEncoder
+from hashml.models.encoder import Encoder as Encoder
+from hashml.models.encoder import EncoderConfig as EncoderConfig
+from hashml.models.encoder_checkpoints import LoadedEncoder as LoadedEncoder
+from hashml.models.encoder_checkpoints import load_encoder as load_encoder
+from hashml.models.encoder_checkpoints import minilm as minilm
+from hashml.models.encoder_checkpoints import save_encoder as save_encoder
 from hashml.models.exact_attention import causal_attention as causal_attention
 from hashml.models.exact_attention import masked_attention as masked_attention
 from hashml.models.generation import Engine as Engine
@@ -43,6 +48,9 @@ from hashml.models.ncf import table_init as table_init
 from hashml.models.rotary import Rotary as Rotary
 from hashml.models.sampling import Sampling as Sampling
 from hashml.models.sampling import sample as sample
+from hashml.models.sentence_embeddings import SentenceTokenizer as SentenceTokenizer
+from hashml.models.sentence_embeddings import embed_sentences as embed_sentences
+from hashml.models.text_encoder import TextEncoder as TextEncoder
 from hashml.models.tokenization import Tokenizer as Tokenizer
 from hashml.models.tokenization import load_tokenizer as load_tokenizer
 from hashml.models.training import TrainState as TrainState

@@ -31,8 +31,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hashml.models.decoder import DecoderConfig, Params, layer, unembed
 from hashml.models.decoder import init_params as init_decoder
-from hashml.models.encoder import EncoderBlock
 from hashml.models.exact_attention import causal_attention
+from hashml.models.text_encoder import EncoderBlock
 
 AnyArray = Array | np.ndarray
 Order = Literal["context_first", "question_first"]

@@ -24,8 +24,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from hashml.models.decoder import DecoderConfig, Params
-from hashml.models.encoder import EncoderBlock
 from hashml.models.refrag import forward_embedded, output_log_probs
+from hashml.models.text_encoder import EncoderBlock
 from hashml.models.training import TrainState
 
 AnyArray = Array | np.ndarray

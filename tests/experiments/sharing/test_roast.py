@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from experiments.data import files
 from experiments.sharing import roast
 from hashml.accounting import stored_bytes
-from hashml.models.encoder import TextEncoder
+from hashml.models.text_encoder import TextEncoder
 from hashml.sharing.roast import RoastDense, RoastEmbed, SharedMemory
 
 CONFIG = roast.SCALES["tiny"]
