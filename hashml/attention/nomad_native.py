@@ -2,30 +2,21 @@
 
     sums[n] = sum_s tables[s, code[s, n]]     in uint16, by shuffles of bytes (AVX-512, AVX2), else by a plain loop
 
-XLA has no shuffle of bytes, and a gather from 16 entries costs it more than the products that it replaces. The
-compiler is ``$CXX``, else the first of c++, g++ and clang++ that works. What it makes lies in the user's cache,
-``$XDG_CACHE_HOME/hashml/native`` or ``~/.cache/hashml/native``, under a hash of source, flags, compiler, processor
-and jaxlib. Nothing here is needed to install or import the library: without a compiler `available` is false, a
-warning is logged once, and callers take XLA's path.
+XLA has no shuffle of bytes, and a gather from 16 entries costs it more than the products that it replaces.
+`hashml.native` says who compiles and where the library lies. Nothing here is needed to install or import hashml:
+without a compiler `available` is false, a warning is logged once, and callers take XLA's path.
 
 Work is shared with the threads of XLA's own pool, in units that do not depend on their number, so that they change no
 bit of a result.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import secrets
-import shlex
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.ffi
@@ -34,18 +25,16 @@ import jaxlib
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt8, UInt16
 
+from hashml import native
+from hashml.native import NativeUnavailable, cache_folder, compilers
+
 Level = Literal["auto", "scalar", "avx2", "avx512"]
 """Instructions to use; those that the processor lacks are replaced by the next best. ``"auto"``: the best."""
 
 LEVELS: tuple[Level, ...] = ("auto", "scalar", "avx2", "avx512")
 SOURCE = Path(__file__).with_suffix(".cc")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
-_SECONDS = 300
+FLAGS = (*native.FLAGS, "-pthread", "-fno-math-errno", "-Wno-psabi")
 _log = logging.getLogger(__name__)
-
-
-class NativeUnavailable(RuntimeError):
-    """No compiler has made the library here; the message says what was tried."""
 
 
 def available() -> bool:
@@ -137,54 +126,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "hashml" / "native"
-
-
-def compilers() -> list[list[str]]:
-    """Commands to try, in order."""
-    named = os.environ.get("CXX")
-    commands = [shlex.split(named)] if named else []
-    return [*commands, *([found] for name in ("c++", "g++", "clang++") if (found := shutil.which(name)))]
-
-
 def build(
     folder: Path, commands: list[list[str]], run: Callable[..., "subprocess.CompletedProcess[str]"] = subprocess.run
 ) -> Path:
-    """The library in ``folder``, compiled with the first command that works unless it is there.
-
-    It is written beside its place and then moved there, so that processes that begin together do not disturb one
-    another.
+    """The library in ``folder``, as `hashml.native.build` makes it.
 
     Raises:
         NativeUnavailable: if no command works.
         OSError: if nothing can be written.
     """
-    tried = []
-    for command in commands:
-        target = folder / f"nomad-{_fingerprint(command)}.so"
-        if target.is_file():
-            return target
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
-        arguments: list[Any] = [*command, *FLAGS, f"-I{jax.ffi.include_dir()}", SOURCE, "-o", beside]
-        try:
-            done = run([str(x) for x in arguments], capture_output=True, text=True, timeout=_SECONDS, check=False)
-            if done.returncode == 0:
-                os.replace(beside, target)
-                return target
-            said = (done.stderr or "").strip().splitlines()
-            tried.append(f"{shlex.join(command)}: {next((x for x in said if 'error' in x), 'it failed')}")
-        except (OSError, subprocess.SubprocessError) as error:
-            tried.append(f"{shlex.join(command)}: {error}")
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                beside.unlink()
-    raise NativeUnavailable("; ".join(tried) or "no C++ compiler was found (c++, g++, clang++, or one named by $CXX)")
-
-
-def _fingerprint(command: list[str]) -> str:
-    parts = (SOURCE.read_text(), *FLAGS, *command, platform.system(), platform.machine(), jaxlib.__version__)
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    headers = (jax.ffi.include_dir(),)
+    return native.build(SOURCE, folder, commands, flags=FLAGS, includes=headers, version=jaxlib.__version__, run=run)

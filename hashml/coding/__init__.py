@@ -20,6 +20,8 @@ from hashml.coding.huffman import entropy as entropy
 from hashml.coding.huffman_chunks import Chunks as Chunks
 from hashml.coding.huffman_chunks import decode_chunks as decode_chunks
 from hashml.coding.huffman_chunks import decode_chunks_host as decode_chunks_host
+from hashml.coding.huffman_chunks import decode_joined as decode_joined
+from hashml.coding.huffman_chunks import decode_joined_host as decode_joined_host
 from hashml.coding.huffman_chunks import encode_chunks as encode_chunks
 from hashml.coding.kmeans import KMeans as KMeans
 from hashml.coding.kmeans import kmeans as kmeans

@@ -15,16 +15,17 @@ its lane; ``bases``, the first word of each segment, which has about 4096 symbol
 offset counts bits beyond 2^32; ``lengths``, the packed code. Symbols that fill up the last step are the commonest.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8, UInt16, UInt32
+from jaxtyping import Array, UInt, UInt8, UInt16, UInt32
 
+from hashml.coding import huffman_native
 from hashml.coding.huffman import (
     ABSENT,
     MAX_LENGTH,
+    AnyArray,
     canonical_codes,
     code_lengths,
     decode_table,
@@ -32,6 +33,7 @@ from hashml.coding.huffman import (
     pack_lengths,
     unpack_lengths,
 )
+from hashml_kernels.huffman_decode import FloatParts, huffman_decode
 
 UNIT = 4
 _SEGMENT = 4096
@@ -153,52 +155,107 @@ def _placed(codes: np.ndarray, bits: np.ndarray, places: np.ndarray, total: int)
 
 
 def decode_chunks(chunks: Chunks, count: int, max_length: int) -> UInt8[Array, " {count}"]:
-    """The symbols, inside `jax.jit` or out of it: one scan over the steps, all lanes at once.
+    """The symbols, inside `jax.jit` or out of it: all lanes at once, by the kernel of the platform or a scan.
 
     A damaged stream gives wrong symbols, never a read out of bounds.
     """
-    words, starts = jnp.asarray(chunks.words), jnp.asarray(chunks.starts)
-    lanes = starts.shape[0]
-    steps = chunk_steps(count, lanes)
+    return _decode_lanes(chunks, count, count, max_length)
+
+
+def decode_joined(
+    chunks: Chunks, rest: UInt8[AnyArray, " bytes"], count: int, max_length: int, join: tuple[int, int, bool]
+) -> UInt[Array, " {count}"]:
+    """Numbers of which the chunks hold symbols and ``rest`` the signs and low bits, inside `jax.jit` or out of it.
+
+    The kernels write no symbols: numbers are all that leaves them.
+
+    Args:
+        chunks: of the symbols.
+        rest: as `hashml.weights.float_split` lays it.
+        count: of the numbers.
+        max_length: bits of the longest word.
+        join: bits of a number, its bits below the symbol, and whether two symbols are one in the chunks.
+    """
+    symbols = -(-count // 2) if join[2] else count
+    return _decode_lanes(chunks, symbols, count, max_length, rest=rest, form=FloatParts(*join))
+
+
+def _decode_lanes(chunks: Chunks, symbols: int, count: int, max_length: int, **floats: Any) -> Array:
     table = jitted_decode_table(jnp.asarray(chunks.lengths), max_length)
-    base = jnp.repeat(jnp.asarray(chunks.bases), _segment_lanes(steps))[:lanes]
-
-    def look(place: Array) -> Array:
-        return words.at[place].get(mode="clip")
-
-    def step(position: Array, _: None) -> tuple[Array, Array]:
-        unit = jnp.zeros_like(position)
-        for half in range(0, UNIT, 2):
-            place, shift = base + (position >> 5), position & 31
-            # Two shifts to the right, since one by 32 has no defined result.
-            window = look(place) << shift | look(place + 1) >> 1 >> (31 - shift)
-            for i in (half, half + 1):
-                entry = table.at[window >> (32 - max_length)].get(mode="clip").astype(jnp.uint32)
-                window, position = window << (entry >> 8), position + (entry >> 8)
-                unit |= (entry & 255) << (8 * i)
-        return position, unit
-
-    units = jax.lax.scan(step, starts.astype(jnp.uint32), None, length=steps)[1]
-    return jax.lax.bitcast_convert_type(units, jnp.uint8).reshape(-1)[:count]
+    group = _segment_lanes(chunk_steps(symbols, chunks.starts.shape[0]))
+    return huffman_decode(chunks.words, chunks.bases, chunks.starts, table, count=count, lanes_a_base=group, **floats)
 
 
-def decode_chunks_host(chunks: Chunks, count: int, max_length: int) -> UInt8[np.ndarray, " {count}"]:
-    """The symbols, in NumPy: blocks of lanes in lockstep, and where words are short, four symbols a look-up.
+def decode_chunks_host(
+    chunks: Chunks, count: int, max_length: int, *, native: bool = True
+) -> UInt8[np.ndarray, " {count}"]:
+    """The symbols, on one core of the host.
+
+    Args:
+        chunks: of the symbols.
+        count: of the symbols.
+        max_length: bits of the longest word.
+        native: whether native code may do it, where a compiler is (`hashml.coding.huffman_native`); else NumPy does.
 
     Raises:
         ValueError: for parts whose sizes do not fit together, and for lengths that are no code's.
     """
-    words, starts = np.asarray(chunks.words), np.asarray(chunks.starts)
-    lanes = len(starts)
-    if not lanes or not len(words):
-        raise ValueError(f"chunks has {lanes} lanes and {len(words)} words; both are at least 1")
+    steps, group, table = _checked(chunks, count, max_length)
+    if not native or not huffman_native.available():
+        return _decode_in_lockstep(chunks, count, max_length, steps, group, table)
+    words, bases, starts = (np.asarray(part) for part in chunks[:3])
+    sizes: dict[str, Any] = {"group": group, "steps": steps, "max_length": max_length, "count": count}
+    return huffman_native.decode_lanes(words, bases, starts, table, **sizes)
+
+
+def decode_joined_host(
+    chunks: Chunks, rest: UInt8[np.ndarray, " bytes"], count: int, max_length: int, join: tuple[int, int, bool]
+) -> UInt[np.ndarray, " {count}"] | None:
+    """Numbers of which the chunks hold symbols and ``rest`` the signs and low bits, in one pass of native code.
+
+    Args:
+        chunks: of the symbols.
+        rest: as `hashml.weights.float_split` lays it, of the size that it says.
+        count: of the numbers.
+        max_length: bits of the longest word.
+        join: bits of a number, its bits below the symbol, and whether two symbols are one in the chunks.
+
+    Returns:
+        ``None`` where there is no native code, or none for this ``join``.
+
+    Raises:
+        ValueError: as `decode_chunks_host` does.
+    """
+    if join not in huffman_native.JOINS or not huffman_native.available():
+        return None
+    steps, group, table = _checked(chunks, -(-count // 2) if join[2] else count, max_length)
+    words, bases, starts = (np.asarray(part) for part in chunks[:3])
+    sizes: dict[str, Any] = {"group": group, "steps": steps, "max_length": max_length, "count": count}
+    return huffman_native.decode_lanes(words, bases, starts, table, rest=rest, join=join, **sizes)
+
+
+def _checked(chunks: Chunks, count: int, max_length: int) -> tuple[int, int, np.ndarray]:
+    """Steps of a lane, lanes of a segment, and the decoder's table."""
+    if not 8 <= max_length <= MAX_LENGTH:
+        raise ValueError(f"max_length is {max_length}; allowed are 8 to {MAX_LENGTH}, since symbols are bytes")
+    words, lanes = len(chunks.words), len(chunks.starts)
+    if not lanes or not words:
+        raise ValueError(f"chunks has {lanes} lanes and {words} words; both are at least 1")
     steps = chunk_steps(count, lanes)
     group = _segment_lanes(max(steps, 1))
     if len(chunks.bases) != -(-lanes // group):
         raise ValueError(
             f"chunks has {len(chunks.bases)} bases; {lanes} lanes of {steps} steps have {-(-lanes // group)}"
         )
-    table = decode_table(unpack_lengths(np.asarray(chunks.lengths)), max_length)
+    return steps, group, decode_table(unpack_lengths(np.asarray(chunks.lengths)), max_length)
+
+
+def _decode_in_lockstep(
+    chunks: Chunks, count: int, max_length: int, steps: int, group: int, table: np.ndarray
+) -> np.ndarray:
+    """In NumPy: blocks of lanes at a time, and where words are short, four symbols a look-up."""
+    words, starts = np.asarray(chunks.words), np.asarray(chunks.starts)
+    lanes = len(starts)
     at_once, units, used = _joint_table(table, max_length)
 
     # Every 32-bit place gives 64 bits, so that a window is one look-up and one shift.

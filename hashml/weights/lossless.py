@@ -2,7 +2,7 @@
 
     compressed = encode(array, DFLOAT11)           a pytree: arrays under names, and a static geometry
     decode(compressed)                             the same bits again; inside `jax.jit`, too
-    decode_host(compressed)                        the same in NumPy, where damaged parts are errors
+    decode_host(compressed)                        the same on one core of the host; damaged parts are errors
 
 An array is cut into symbols and a rest (`hashml.weights.float_split`). The rest is stored as it is, the symbols by
 one of four coders: ``huffman`` (chunks of equally many symbols, decoded in lockstep), ``gaps`` (the reference layout
@@ -15,6 +15,7 @@ made anew from the lengths of the code. The bound of every coder is `entropy_lim
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,8 +29,26 @@ from jaxtyping import Array, Shaped
 from hashml.accounting import stored_bytes
 from hashml.coding.fixed_rate import FixedRate, decode_fixed_rate, decode_fixed_rate_host, encode_fixed_rate
 from hashml.coding.huffman import entropy
-from hashml.coding.huffman_chunks import Chunks, decode_chunks, decode_chunks_host, encode_chunks, stack_chunks
-from hashml.weights.float_split import FORMATS, AnyArray, float_format, from_bits, join, split, spread, to_bits
+from hashml.coding.huffman_chunks import (
+    Chunks,
+    decode_chunks,
+    decode_chunks_host,
+    decode_joined,
+    decode_joined_host,
+    encode_chunks,
+    stack_chunks,
+)
+from hashml.weights.float_split import (
+    FORMATS,
+    AnyArray,
+    float_format,
+    from_bits,
+    join,
+    rest_size,
+    split,
+    spread,
+    to_bits,
+)
 from hashml.weights.gap_layout import Gaps, decode_gaps, decode_gaps_host, encode_gaps
 
 CODER_NAMES = ("huffman", "gaps", "fixed_rate", "raw")
@@ -146,13 +165,16 @@ def _pairs(decode: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], 
     return symbols
 
 
+_in_numpy = functools.partial(decode_chunks_host, native=False)
+"""What native code decodes is joined in the same pass, see `_joined_host`."""
+
 CODERS = {
     "huffman_pairs": Coder(
         Chunks,
         (np.uint32, np.uint32, np.uint16, np.uint8),
         _encode_pairs,
         _pairs(decode_chunks),
-        _pairs(decode_chunks_host),
+        _pairs(_in_numpy),
     ),
     "huffman": Coder(
         Chunks,
@@ -162,7 +184,7 @@ CODERS = {
             codec.max_length,
         ),
         decode_chunks,
-        decode_chunks_host,
+        _in_numpy,
     ),
     "gaps": Coder(
         Gaps,
@@ -238,16 +260,20 @@ def decode(compressed: CompressedArray) -> Shaped[Array, "..."]:
     return _decode(compressed, host=False)
 
 
-def decode_host(compressed: CompressedArray) -> Shaped[np.ndarray, "..."]:
-    """The array, bit for bit, in NumPy.
+def decode_host(compressed: CompressedArray, *, native: bool = True) -> Shaped[np.ndarray, "..."]:
+    """The array, bit for bit, as NumPy has it, on one core.
+
+    Args:
+        compressed: of any coder.
+        native: whether native code may decode the default coder, where there is a compiler; else NumPy does.
 
     Raises:
         ValueError: for parts that contradict each other or the geometry.
     """
-    return _decode(compressed, host=True)
+    return _decode(compressed, host=True, native=native)
 
 
-def _decode(compressed: CompressedArray, *, host: bool) -> Any:
+def _decode(compressed: CompressedArray, *, host: bool, native: bool = False) -> Any:
     geometry, parts = compressed.geometry, compressed.parts
     form, coder = FORMATS[geometry.dtype], CODERS[geometry.coder]
     wanted = part_dtypes(geometry)
@@ -261,10 +287,35 @@ def _decode(compressed: CompressedArray, *, host: bool) -> Any:
         return from_bits(np.asarray(parts["bits"]) if host else jnp.asarray(parts["bits"]), form, geometry.shape)
     coded = coder.parts(*(parts[name] for name in coder.parts._fields))
     if host:
-        symbols, rest = coder.decode_host(coded, geometry.count, geometry.limit), np.asarray(parts["rest"])
-    else:
-        symbols, rest = coder.decode(coded, geometry.count, geometry.limit), jnp.asarray(parts["rest"])
+        return from_bits(_joined_host(geometry, coded, np.asarray(parts["rest"]), native), form, geometry.shape)
+    rest = jnp.asarray(parts["rest"])
+    if isinstance(coded, Chunks):  # kernels join while they decode, and write no symbols
+        kind = (form.bits, form.low, geometry.coder == "huffman_pairs")
+        return from_bits(decode_joined(coded, rest, geometry.count, geometry.limit, kind), form, geometry.shape)
+    symbols = coder.decode(coded, geometry.count, geometry.limit)
     return from_bits(join(symbols, rest, form), form, geometry.shape)
+
+
+_PIECE = 2**16
+"""Numbers that NumPy joins at a time: its temporary arrays stay in the cache of a core."""
+
+
+def _joined_host(geometry: Geometry, coded: Any, rest: np.ndarray, native: bool) -> np.ndarray:
+    form, count = FORMATS[geometry.dtype], geometry.count
+    if native and isinstance(coded, Chunks) and len(rest) == rest_size(count, form):
+        kind = (form.bits, form.low, geometry.coder == "huffman_pairs")
+        numbers = decode_joined_host(coded, rest, count, geometry.limit, kind)
+        if numbers is not None:
+            return numbers
+    symbols = CODERS[geometry.coder].decode_host(coded, count, geometry.limit)
+    if len(rest) != rest_size(count, form):
+        return np.asarray(join(symbols, rest, form))  # which says what is wrong
+    numbers = np.empty(count, form.word)
+    for begin in range(0, count, _PIECE):
+        end = min(begin + _PIECE, count)
+        part = rest[begin * form.rest_bits // 8 : rest_size(end, form)]
+        numbers[begin:end] = join(symbols[begin:end], part, form)
+    return numbers
 
 
 _STACKED = ("raw", "huffman", "huffman_pairs")

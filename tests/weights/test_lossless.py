@@ -234,7 +234,7 @@ def test_parts_that_contradict_each_other_are_refused(coder):
     last = [*compressed.parts][-1]
     shorter = dataclasses.replace(compressed, parts=compressed.parts | {last: compressed.parts[last][:-1]})
     for call in (decode_host, functools.partial(jax.eval_shape, decode)):
-        with pytest.raises(ValueError, match=r"(rest has 7999 bytes; 8000 numbers take 8000)|(has 7999 numbers)"):
+        with pytest.raises(ValueError, match="rest has 7999 bytes; 8000|has 7999 numbers"):
             call(shorter)
     other = dataclasses.replace(compressed, parts=compressed.parts | {last: compressed.parts[last].astype(np.int64)})
     with pytest.raises(ValueError, match="compressed has parts"):
