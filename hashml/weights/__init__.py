@@ -4,9 +4,18 @@
     pack("model.safetensors", "model.packed", {"bfloat16": DFLOAT11})           python -m hashml.compress does it, too
     compressed_forward(...)                  a decoder whose layers are dense one at a time
 
-`lossless` has the interface, `dfloat11` and `ecf8` what their papers fix of it.
+and in a few bits, with a loss that calibration keeps small:
+
+    few = quantize_matrix(weights, calibrate(inputs), preset("leanquant", 3))
+    matmul(x, few)                           x times what the codes stand for
+
+`lossless` has the interface of the first half, `dfloat11` and `ecf8` what their papers fix of it; `solver`, `grids` and
+`calibration` are the second, `quantized` what it stores.
 """
 
+from hashml.weights.calibration import Hessian as Hessian
+from hashml.weights.calibration import calibrate as calibrate
+from hashml.weights.calibration import proxy_loss as proxy_loss
 from hashml.weights.container import file_info as file_info
 from hashml.weights.container import load_compressed as load_compressed
 from hashml.weights.container import pack as pack
@@ -21,6 +30,9 @@ from hashml.weights.ecf8 import geometric_entropy as geometric_entropy
 from hashml.weights.ecf8 import sample_stable as sample_stable
 from hashml.weights.forward import compress_decoder as compress_decoder
 from hashml.weights.forward import compressed_forward as compressed_forward
+from hashml.weights.grids import Grid as Grid
+from hashml.weights.grids import GridSpec as GridSpec
+from hashml.weights.grids import make_grid as make_grid
 from hashml.weights.lossless import Codec as Codec
 from hashml.weights.lossless import CompressedArray as CompressedArray
 from hashml.weights.lossless import Geometry as Geometry
@@ -31,3 +43,12 @@ from hashml.weights.lossless import encode as encode
 from hashml.weights.lossless import encode_stack as encode_stack
 from hashml.weights.lossless import entropy_limit as entropy_limit
 from hashml.weights.lossless import stack as stack
+from hashml.weights.quantized import QuantizationSpec as QuantizationSpec
+from hashml.weights.quantized import QuantizedMatrix as QuantizedMatrix
+from hashml.weights.quantized import dequantize as dequantize
+from hashml.weights.quantized import matmul as matmul
+from hashml.weights.quantized import preset as preset
+from hashml.weights.quantized import quantize_matrix as quantize_matrix
+from hashml.weights.quantized import stored_bits_per_weight as stored_bits_per_weight
+from hashml.weights.solver import Solution as Solution
+from hashml.weights.solver import solve as solve
