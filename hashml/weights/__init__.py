@@ -9,8 +9,8 @@ and in a few bits, with a loss that calibration keeps small:
     few = quantize_matrix(weights, calibrate(inputs), preset("leanquant", 3))
     matmul(x, few)                           x times what the codes stand for
 
-`lossless` has the interface of the first half, `dfloat11` and `ecf8` what their papers fix of it; `solver`, `grids` and
-`calibration` are the second, `quantized` what it stores.
+`lossless` has the interface of the first half, `dfloat11` and `ecf8` what their papers fix of it; `solver`, `grids`
+and `calibration` are the second, `quantized` what it stores.
 """
 
 from hashml.weights.calibration import Hessian as Hessian
