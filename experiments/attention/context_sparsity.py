@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import polars as pl
 from jaxtyping import Float
@@ -364,11 +365,13 @@ def figure(rows: pl.DataFrame) -> Figure:
     """Quality against sparsity, a panel a model; errors of estimators against the deviation of logits."""
     rows = _with_excess(rows)
     models = rows.filter(pl.col("part") == "decode")["fixture"].unique(maintain_order=True).to_list()
-    drawing, axes = new_figure(columns=len(models) + 1, height=4.4)
+    drawing, axes = new_figure(columns=len(models) + 1, height=5)
+    every = rows.filter(pl.col("part") == "decode")["method"].unique(maintain_order=True).to_list()
+    colours = dict(zip(every, mpl.colormaps["tab20"](np.arange(len(every)) % 20), strict=True))
     for ax, fixture in zip(axes, models, strict=False):
         part = rows.filter(pl.col("part").eq("decode") & pl.col("fixture").eq(fixture))
         quality = "accuracy" if fixture == "recall" else "excess"
-        for place, method in enumerate(part["method"].unique(maintain_order=True)):
+        for method in part["method"].unique(maintain_order=True):
             points = (
                 part.filter(pl.col("method") == method)
                 .group_by("sparsity")
@@ -376,12 +379,14 @@ def figure(rows: pl.DataFrame) -> Figure:
                 .sort("x")
             )
             ax.plot(points["x"], points[quality], marker="o", markersize=3, label=method.replace("_", " "),
-                    linestyle="-" if place < 10 else "--")  # fmt: skip
-        ax.set(xscale="log", xlabel="tokens seen over tokens read", title=fixture,
+                    color=colours[method])  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="tokens seen over tokens read", title=fixture,
                ylabel="right answers" if fixture == "recall" else "perplexity over exact, less 1")  # fmt: skip
         if fixture != "recall":
             ax.set_yscale("symlog", linthresh=0.01)
-    axes[0].legend(fontsize="x-small", ncols=2)
+            ax.set_ylim(bottom=min(-0.005, ax.dataLim.ymin))
+    drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="x-small")
     part = rows.filter(pl.col("part") == "estimator")
     for style, budget in zip(("-", "--", ":"), part["budget"].unique().sort(), strict=False):
         for place, name in enumerate(ESTIMATORS):
