@@ -1,6 +1,6 @@
 """REFRAG: what chunk embeddings cost in answers, which chunks are worth their tokens, and how much sooner one speaks.
 
-    python -m experiments run attention.refrag      # about 10 minutes on 2 cores
+    python -m experiments run attention.refrag      # about 15 minutes on 2 cores
 
 *Quality*: contexts of 8 passages of 16 tokens, two facts in each, and a question about one of them
 (`experiments.attention.refrag_task`). A decoder learns to answer from whole contexts; REFRAG is trained on top of it
