@@ -54,7 +54,7 @@ aot: .venv-aot/.ready ## compile every kernel for an H200 and a TPU v5e, here, w
 bench: $(VENV)/.demo ## time the kernels' ops on this machine's device
 	PYTHONPATH=kernels $(BIN)/python -m bench
 
-peers: $(VENV)/.demo ## install what the speed experiments compare with (PyTorch, CPU)
+peers: $(VENV)/.demo ## install what the speed experiments compare with (PyTorch for CPUs, zstd, ZipNN)
 	$(BIN)/python -m pip install --quiet -e ".[peers]"
 
 report: $(VENV)/.demo ## RESULTS.md and results.html from the committed rows
