@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -40,19 +41,19 @@ class Config:
     """these."""
     away_models: tuple[str, ...] = (FULL, "rtn3", "rtn2")
     """Whose prompts are learned on the other text, too."""
-    hard: int = 8
+    hard: int = 4
     """Pieces of training text that are tried as a hard prompt."""
-    steps: int = 200
-    search_steps: int = 50
+    steps: int = 160
+    search_steps: int = 40
     """Of each learning rate that is tried, on the model of seed 0; they divide ``steps``."""
     batch_size: int = 8
     """Pieces of a step, each of"""
     sequence: int = 64
     """tokens."""
-    scored: int = 256
+    scored: int = 128
     """Pieces of test text, and of validation text."""
-    prompt_rates: tuple[float, ...] = (1e-3, 1e-2, 3e-2)
-    adapter_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    prompt_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
+    adapter_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     seeds: int = 3
     """Models f1, each with an order of batches of its own."""
     size: fixtures.Size = models.SIZE
@@ -95,6 +96,8 @@ def compressed(config: Config, name: str, seed: int) -> tuple[Params, float]:
 
     Half of the weights are 0 after pruning: the others are stored, and a bit for each says which.
     """
+    if not re.fullmatch(r"full|prune50|rtn[1-4](\+prune50)?|gptq[1-4]", name):
+        raise ValueError(f"name is {name!r}; allowed are {FULL}, {', '.join(COMPRESSIONS)} and others of their kind")
     model, params = models.decoder_config(config.size), fixtures.params(config.size, "f1", seed)
     bits = 16.0
     if name.endswith("prune50"):
@@ -104,8 +107,6 @@ def compressed(config: Config, name: str, seed: int) -> tuple[Params, float]:
         params = models.rounded(params, model, preset("rtn", int(name[3])))
     elif name.startswith("gptq"):
         params = models.quantized(config.size, seed, preset("gptq", int(name[4])))
-    elif name not in (FULL, "prune50"):
-        raise ValueError(f"name is {name!r}; allowed are {FULL}, {', '.join(COMPRESSIONS)} and others of their kind")
     if name not in (FULL, "prune50"):
         shapes, total = models.kernel_shapes(model), 0.0
         for kernel, matrix in models.kernels(params, model).items():
