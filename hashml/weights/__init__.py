@@ -43,6 +43,9 @@ from hashml.weights.lossless import encode as encode
 from hashml.weights.lossless import encode_stack as encode_stack
 from hashml.weights.lossless import entropy_limit as entropy_limit
 from hashml.weights.lossless import stack as stack
+from hashml.weights.quantize_model import QuantizedModel as QuantizedModel
+from hashml.weights.quantize_model import quantize_decoder as quantize_decoder
+from hashml.weights.quantize_model import quantize_encoder as quantize_encoder
 from hashml.weights.quantized import QuantizationSpec as QuantizationSpec
 from hashml.weights.quantized import QuantizedMatrix as QuantizedMatrix
 from hashml.weights.quantized import dequantize as dequantize
@@ -50,5 +53,8 @@ from hashml.weights.quantized import matmul as matmul
 from hashml.weights.quantized import preset as preset
 from hashml.weights.quantized import quantize_matrix as quantize_matrix
 from hashml.weights.quantized import stored_bits_per_weight as stored_bits_per_weight
+from hashml.weights.quantized_dense import QuantizedDense as QuantizedDense
+from hashml.weights.quantized_layers import load_quantized as load_quantized
+from hashml.weights.quantized_layers import save_quantized as save_quantized
 from hashml.weights.solver import Solution as Solution
 from hashml.weights.solver import solve as solve
