@@ -13,7 +13,7 @@ times the memory of x. Embedding, head, norms, biases and a pooler stay as they 
 
 The result is the model's own tree with a `hashml.weights.quantized_dense.QuantizedKernel` for every kernel of the
 layers, stacked over these: `hashml.models.decoder.forward`, caches and `generate` take it as they take params; an
-encoder takes it with ``dense=multiply``. With a ``folder`` each layer is written there when it is done, beside its
+encoder takes it with ``dense=matmul``. With a ``folder`` each layer is written there when it is done, beside its
 place and then moved: a run that was killed goes on after it, and ends with the same bits.
 """
 

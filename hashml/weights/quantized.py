@@ -20,6 +20,7 @@ from hashml.weights.calibration import AnyArray, Hessian
 from hashml.weights.grids import Grid, GridSpec
 from hashml.weights.solver import Method, Solution, check_options, solve
 from hashml_kernels.lut_matmul import layout, lut_matmul, pack_codes, unpack_codes
+from hashml_kernels.lut_matmul.api import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +119,18 @@ def dequantize(quantized: QuantizedMatrix) -> Float32[Array, "*layers out in"]:
     return quantized.grid.decode(unpack_codes(quantized.codes, quantized.bits, quantized.columns))
 
 
-def matmul(x: Float[AnyArray, "*batch in"], quantized: QuantizedMatrix) -> Float[Array, "*batch out"]:
-    """``x Q^T`` with float32 sums, in the type of ``x``: `hashml_kernels.lut_matmul`, whose Q never exists whole.
+def matmul(
+    x: Float[AnyArray, "*batch in"], quantized: QuantizedMatrix, *, implementation: Implementation = "auto"
+) -> Float[Array, "*batch out"]:
+    """``x Q^T`` from the codes, with float32 sums, in the type of ``x``: `hashml_kernels.lut_matmul`, whose Q never
+    exists whole.
 
     Raises:
-        ValueError: if the widths differ.
+        ValueError: if the widths differ, or for a stack of layers.
     """
-    if x.shape[-1] != quantized.columns:
-        raise ValueError(f"x has width {x.shape[-1]}; quantized has {quantized.columns} columns")
     grid = quantized.grid
-    # A zero is stored as a code, of one byte; the kernel computes with numbers of the scales' type, which holds it.
-    zeros = None if grid.zeros is None or grid.scales is None else jnp.asarray(grid.zeros).astype(grid.scales.dtype)
+    # A zero is stored as a code, of one byte; the kernel computes with floats.
+    zeros = None if grid.zeros is None else jnp.asarray(grid.zeros, jnp.float32)
     return lut_matmul(
         x,
         quantized.codes,
@@ -137,6 +139,7 @@ def matmul(x: Float[AnyArray, "*batch in"], quantized: QuantizedMatrix) -> Float
         zeros=zeros,
         bits=quantized.bits,
         columns=quantized.columns,
+        implementation=implementation,
     )
 
 

@@ -4,7 +4,7 @@
 
 `QuantizedKernel` is a `hashml.weights.quantized.QuantizedMatrix` in the place of a dense kernel ``[in, out]``: it
 answers ``x @ kernel``, so that a decoder, its caches and its generation run from codes as they are. To an encoder
-`multiply` is given as its ``dense``. Both call `hashml_kernels.lut_matmul`, which never has Q whole.
+`hashml.weights.quantized.matmul` is given as its ``dense``. Neither ever has Q whole.
 
 `QuantizedDense` is a Flax layer. What may be trained lies in its ``params``: tables or scales, and the bias. Codes
 and zeros are integers, for which JAX has no gradient, and have a collection of their own, ``codes``.
@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from hashml.weights.calibration import AnyArray
 from hashml.weights.grids import Grid, GridSpec
-from hashml.weights.quantized import QuantizedMatrix
-from hashml_kernels.lut_matmul import lut_matmul, pack_codes
+from hashml.weights.quantized import QuantizedMatrix, matmul
+from hashml_kernels.lut_matmul import pack_codes
 from hashml_kernels.lut_matmul.api import Implementation
 
 
@@ -34,34 +34,12 @@ class QuantizedKernel(QuantizedMatrix):
     __array_ufunc__ = None  # a NumPy array on the left leaves the product to this class
 
     def __rmatmul__(self, x: Any) -> Array:
-        return multiply(x, self)
+        return matmul(x, self)
 
 
 def as_kernel(matrix: QuantizedMatrix) -> QuantizedKernel:
     """The same arrays as a kernel."""
     return QuantizedKernel(matrix.codes, matrix.grid, matrix.columns)
-
-
-def multiply(
-    x: Float[AnyArray, "*batch in"], matrix: QuantizedMatrix, *, implementation: Implementation = "auto"
-) -> Float[Array, "*batch out"]:
-    """``x Q^T`` from the codes, in the type of ``x``.
-
-    Raises:
-        ValueError: if the widths differ, or for a stack of layers.
-    """
-    grid = matrix.grid
-    zeros = None if grid.zeros is None else jnp.asarray(grid.zeros, jnp.float32)
-    return lut_matmul(
-        x,
-        matrix.codes,
-        tables=grid.tables,
-        scales=grid.scales,
-        zeros=zeros,
-        bits=matrix.bits,
-        columns=matrix.columns,
-        implementation=implementation,
-    )
 
 
 def draw_matrix(key: PRNGKeyArray, shape: tuple[int, ...], grid: GridSpec) -> QuantizedMatrix:
@@ -121,7 +99,7 @@ class QuantizedDense(nn.Module):
         else:
             zeros: Any = self.variable("codes", "zeros", lambda: fresh.zeros).value
             grid = Grid(None, self.param("scales", lambda key: fresh.scales), zeros, self.grid.bits)
-        y = multiply(x, QuantizedMatrix(codes, grid, columns), implementation=self.implementation)
+        y = matmul(x, QuantizedMatrix(codes, grid, columns), implementation=self.implementation)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return y

@@ -19,8 +19,8 @@ from hashml.models.decoder import DecoderConfig
 from hashml.models.encoder import EncoderConfig
 from hashml.weights.grids import GridSpec
 from hashml.weights.quantize_model import Config, Params, kernel_groups
-from hashml.weights.quantized import QuantizedMatrix
-from hashml.weights.quantized_dense import draw_matrix, multiply
+from hashml.weights.quantized import QuantizedMatrix, matmul
+from hashml.weights.quantized_dense import draw_matrix
 from hashml.weights.quantized_layers import arrays_of, kernel_of
 
 _INTEGERS = ("codes", "zeros")
@@ -70,7 +70,7 @@ class QuantizedEncoder(nn.Module):
         token_types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T {self.config.features}"]:
         params = _params(self, self.config, self.grid)
-        return encoder.forward(params, self.config, tokens, mask, token_types, dense=multiply)
+        return encoder.forward(params, self.config, tokens, mask, token_types, dense=matmul)
 
 
 def _params(module: nn.Module, config: Config, grid: GridSpec) -> Params:

@@ -22,8 +22,8 @@ from hashml.weights.quantize_model import (
     quantize_decoder,
     quantize_encoder,
 )
-from hashml.weights.quantized import QuantizationSpec, dequantize, preset, quantize_matrix
-from hashml.weights.quantized_dense import QuantizedKernel, multiply
+from hashml.weights.quantized import QuantizationSpec, dequantize, matmul, preset, quantize_matrix
+from hashml.weights.quantized_dense import QuantizedKernel
 
 CONFIG = DecoderConfig(
     vocabulary=40, features=16, layers=3, heads=2, kv_heads=2, head_dim=8, hidden=24, rotary=None, qkv_bias=True
@@ -123,7 +123,7 @@ def test_an_encoder_runs_from_codes():
     assert set(model.losses) == {"query", "key", "value", "output", "up", "down"}
     arguments = TEXT, jnp.asarray(TOKENS), jnp.asarray(mask)
     expected = np.asarray(encoder.forward(dequantize_params(model.params), *arguments))
-    found = encoder.forward(model.params, *arguments, dense=multiply)
+    found = encoder.forward(model.params, *arguments, dense=matmul)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     # Whatever stands at padding, and rows of padding alone, change nothing.
     other = np.concatenate([np.where(mask, TOKENS, 39 - TOKENS), TOKENS[:1]])

@@ -12,8 +12,8 @@ from hashml.models.decoder import DecoderConfig
 from hashml.models.encoder import EncoderConfig
 from hashml.weights.calibration import calibrate
 from hashml.weights.grids import GridSpec
-from hashml.weights.quantized import dequantize, preset, quantize_matrix
-from hashml.weights.quantized_dense import QuantizedDense, as_kernel, dense_variables, draw_matrix, multiply
+from hashml.weights.quantized import dequantize, matmul, preset, quantize_matrix
+from hashml.weights.quantized_dense import QuantizedDense, as_kernel, dense_variables, draw_matrix
 from hashml.weights.quantized_modules import QuantizedDecoder, QuantizedEncoder, module_variables
 
 ROWS, COLUMNS = 12, 40
@@ -122,4 +122,4 @@ def test_refusals(matrices):
     with pytest.raises(ValueError, match="groups is 3; it must divide the 40 columns"):
         QuantizedDense(ROWS, GridSpec(3, groups=3)).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match=r"x has shape \(60, 39\); its last axis must be the 40 columns"):
-        multiply(X[:, :39], matrix)
+        matmul(X[:, :39], matrix)
