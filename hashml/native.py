@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
+THREADS = Path(__file__).with_name("native_threads.h")
+"""Work on the threads of XLA's pool, for sources that XLA calls."""
 _SECONDS = 300
 
 
@@ -47,6 +49,7 @@ def build(
     commands: list[list[str]],
     *,
     flags: tuple[str, ...] = FLAGS,
+    headers: tuple[Path, ...] = (),
     includes: tuple[str, ...] = (),
     version: str = "",
     run: Callable[..., "subprocess.CompletedProcess[str]"] = subprocess.run,
@@ -61,7 +64,8 @@ def build(
         folder: is made where it is missing.
         commands: compilers, each with its own arguments.
         flags: of the compiler.
-        includes: folders of headers.
+        headers: of hashml that the source includes by name; part of what the library is named by.
+        includes: folders of other headers.
         version: of what lies in these folders.
         run: starts a compiler.
 
@@ -70,14 +74,15 @@ def build(
         OSError: if nothing can be written.
     """
     tried = []
+    folders = (*includes, *(header.parent for header in headers))
     for command in commands:
-        name = f"{source.stem.removesuffix('_native')}-{_fingerprint(source, flags, command, version)}.so"
+        name = f"{source.stem.removesuffix('_native')}-{_fingerprint((source, *headers), flags, command, version)}.so"
         target = folder / name
         if target.is_file():
             return target
         folder.mkdir(parents=True, exist_ok=True)
         beside = folder / f"{name}.{os.getpid()}.{secrets.token_hex(4)}"
-        arguments: list[Any] = [*command, *flags, *(f"-I{path}" for path in includes), source, "-o", beside]
+        arguments: list[Any] = [*command, *flags, *(f"-I{path}" for path in folders), source, "-o", beside]
         try:
             done = run([str(x) for x in arguments], capture_output=True, text=True, timeout=_SECONDS, check=False)
             if done.returncode == 0:
@@ -93,6 +98,13 @@ def build(
     raise NativeUnavailable("; ".join(tried) or "no C++ compiler was found (c++, g++, clang++, or one named by $CXX)")
 
 
-def _fingerprint(source: Path, flags: tuple[str, ...], command: list[str], version: str) -> str:
-    parts = (source.read_text(), *flags, *command, platform.system(), platform.machine(), version)
+def _fingerprint(sources: tuple[Path, ...], flags: tuple[str, ...], command: list[str], version: str) -> str:
+    parts = (
+        *(source.read_text() for source in sources),
+        *flags,
+        *command,
+        platform.system(),
+        platform.machine(),
+        version,
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

@@ -10,16 +10,13 @@
 // Which instructions are used is decided when the program runs: a file compiled on one machine serves another.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <mutex>
 #include <vector>
 
+#include "native_threads.h"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__x86_64__)
@@ -33,6 +30,8 @@
 namespace ffi = xla::ffi;
 
 namespace {
+
+using hashml::in_parallel;
 
 constexpr int64_t kBlock = 32;        // keys of a block
 constexpr int64_t kTable = 16;        // entries of a table, and bytes of a block and quantiser
@@ -284,35 +283,6 @@ Chunk chunk_of(Level level) {
   if (level == kAvx2) return chunk_avx2;
 #endif
   return chunk_scalar;
-}
-
-// --- threads ------------------------------------------------------------------------------------------
-
-// Units of work that the calling thread and those of the pool take one after another. The caller works too and waits
-// only for units that a thread has begun, so a pool whose threads are all waiting cannot block itself.
-struct Shared {
-  std::atomic<int64_t> next{0};
-  int64_t count = 0, done = 0;
-  std::mutex mutex;
-  std::condition_variable finished;
-};
-
-template <typename Work>
-void in_parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
-  auto shared = std::make_shared<Shared>();
-  shared->count = count;
-  const auto take = [shared, &work] {  // `work` is alive as long as a unit is left
-    int64_t own = 0;
-    for (int64_t unit; (unit = shared->next.fetch_add(1)) < shared->count; ++own) work(unit);
-    if (!own) return;
-    std::lock_guard<std::mutex> lock(shared->mutex);
-    if ((shared->done += own) == shared->count) shared->finished.notify_all();
-  };
-  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([take] { take(); });
-  take();
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->finished.wait(lock, [&] { return shared->done == shared->count; });
 }
 
 // --- what XLA calls -----------------------------------------------------------------------------------

@@ -135,5 +135,5 @@ def build(
         NativeUnavailable: if no command works.
         OSError: if nothing can be written.
     """
-    headers = (jax.ffi.include_dir(),)
-    return native.build(SOURCE, folder, commands, flags=FLAGS, includes=headers, version=jaxlib.__version__, run=run)
+    return native.build(SOURCE, folder, commands, flags=FLAGS, headers=(native.THREADS,),
+                        includes=(jax.ffi.include_dir(),), version=jaxlib.__version__, run=run)  # fmt: skip
