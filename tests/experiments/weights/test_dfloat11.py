@@ -235,11 +235,10 @@ def test_a_changed_weight_is_not_lossless():
     assert judge(claim, changed, scale="default", complete=True).verdict == "fails"
 
 
-def test_without_peers_claims_about_them_are_not_judged_and_the_table_says_so(monkeypatch):
-    monkeypatch.setattr(dfloat11, "has_peer", lambda name: name.startswith("zlib"))
+def test_without_peers_claims_about_them_are_not_judged_and_the_table_says_so():
     rows = made_up().with_columns(zipnn=pl.lit(None, pl.Float64))
     (claim,) = (claim for claim in dfloat11.CLAIMS if claim.id == "zipnn")
-    assert judge(claim, rows, scale="default", complete=True).note == "zipnn was not installed here"
+    assert judge(claim, rows, scale="default", complete=True).note == "zipnn was not installed where this ran"
     said = dfloat11.table(rows.with_columns(zstd=pl.lit(None, pl.Float64)))["what"].to_list()
-    assert "zipnn is not installed here" in said
-    assert "zlib is not installed here" not in said
+    assert "zipnn was not installed where this ran" in said
+    assert "zlib was not installed where this ran" not in said
