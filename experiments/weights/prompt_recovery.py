@@ -1,11 +1,11 @@
 """Compress, then prompt: how much of what compression costs does a learned prompt bring back, and is it recovery?
 
-    python -m experiments run weights.prompt_recovery      # about 7 minutes on 2 cores, once the models f1 are there
+    python -m experiments run weights.prompt_recovery      # about 20 minutes on 2 cores, once the models f1 are there
 
 f1, a language model of WikiText-2, is rounded to 3 or 2 bits a weight, solved by GPTQ at 3 bits, pruned by magnitude
 to one half, or pruned and rounded to 4 bits: nominally an eighth of its bytes. A prompt of 32 rows is learned on
-each frozen model from WikiText-2's training text, 160 batches of 8 pieces of 64 bytes, the learning rate chosen in 40
-steps on validation text. Beside it stand the control that decides, the same prompt on the *full* model; adapters of
+each frozen model from WikiText-2's training text, 500 batches of 8 pieces of 64 bytes, the learning rate chosen in
+100 steps on validation text. Beside it stand the control that decides, the same prompt on the *full* model; adapters of
 as many floats beside queries and values (LoRA); a hard prompt, the best of 4 pieces of training text; and a prompt as
 it was before training. Prompts are then put before every other model, and some are learned on tiny Shakespeare.
 

@@ -43,8 +43,8 @@ class Config:
     """Whose prompts are learned on the other text, too."""
     hard: int = 4
     """Pieces of training text that are tried as a hard prompt."""
-    steps: int = 160
-    search_steps: int = 40
+    steps: int = 500
+    search_steps: int = 100
     """Of each learning rate that is tried, on the model of seed 0; they divide ``steps``."""
     batch_size: int = 8
     """Pieces of a step, each of"""

@@ -1,10 +1,10 @@
 """SketchTune adapts a model in few bits by its tables alone, against adapters of as many floats and of as many bytes.
 
-    python -m experiments run weights.sketch_tune      # about 8 minutes on 2 cores, once the models f1 are there
+    python -m experiments run weights.sketch_tune      # about 15 minutes on 2 cores, once the models f1 are there
 
 f1, a language model of WikiText-2, is sketched at 4, 3 and 2 bits with 1 or 4 tables a row, and adapted to tiny
-Shakespeare: the same 160 batches of 8 pieces of 64 bytes for every contender, a learning rate of its own, chosen in
-40 steps on validation text. ``full`` trains all weights of the dense model, ``kernels`` those of its layers' kernels,
+Shakespeare: the same 300 batches of 8 pieces of 64 bytes for every contender, a learning rate of its own, chosen in
+75 steps on validation text. ``full`` trains all weights of the dense model, ``kernels`` those of its layers' kernels,
 ``lora`` adapters beside it. ``qlora`` trains adapters beside an even grid of one scale a row, with as many floats as
 one table a row has or the next rank more, ``qlora_bytes`` with what the sketch's bytes leave. ``frozen`` has those
 adapters beside the sketch, whose tables stay. Controls tune the tables of another grid: ``rtn``, an even one, and

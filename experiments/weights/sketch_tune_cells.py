@@ -38,8 +38,8 @@ class Config:
     """What starts from the dense model."""
     exponent: int = 3
     """Of the importance of columns, 3 or 4 in the reference; not searched."""
-    steps: int = 160
-    search_steps: int = 40
+    steps: int = 300
+    search_steps: int = 75
     """Of each learning rate that is tried, on the model of seed 0; they divide ``steps``."""
     batch_size: int = 8
     """Pieces of a step, each of"""
