@@ -378,23 +378,27 @@ CLAIMS = (*_exact_claims(), *_accuracy_claims(), *_time_claims())
 
 
 def table(rows: pl.DataFrame) -> pl.DataFrame:
-    """Sums that differ, mean accuracies with their standard error in points, and medians and quartiles in ms."""
+    """Sums that differ and the largest relative error; accuracy and its standard error; then median milliseconds, a
+    column a shape ``M x N x K``."""
+    whats = {
+        "exact": pl.format("{}, every form", "book"),
+        "accuracy": pl.format("{}, {}", "data", "method"),
+        "time": pl.format("ms from {}, {}: {}", "given", pl.col("cores").replace("one", "one core"), "method"),
+    }
+    whats = {part: what for part, what in whats.items() if part in rows["part"]}
+    named = pl.concat([rows.filter(pl.col("part") == part).with_columns(what=what) for part, what in whats.items()])
     accuracy = 100 * pl.col("accuracy")
-    grouped = rows.group_by(
-        "part", "book", "data", "method", "bits", "cores", "given", "m", "n", "k", maintain_order=True
-    )
-    return grouped.agg(
-        pl.col("differing").sum(),
+    error = (accuracy.std() / accuracy.count().sqrt()).round(2)
+    shapes = named.drop_nulls("m").select("m", "n", "k").unique(maintain_order=True).rows()
+    milliseconds = [
+        (1e3 * pl.col("seconds").filter(m=m, n=n, k=k).median()).alias(f"{m} x {n} x {k}") for m, n, k in shapes
+    ]
+    return named.group_by("what", "bits", maintain_order=True).agg(
+        pl.when(pl.col("differing").is_not_null().any()).then(pl.col("differing").sum()).alias("sums that differ"),
         pl.col("error").max().alias("relative error"),
-        pl.col("row_bytes").first().alias("bytes of a row"),
-        accuracy.mean().alias("accuracy, %"),
-        (accuracy.std() / accuracy.count().sqrt()).alias("standard error"),
-        pl.col("learning_rate").first().alias("learning rate"),
-        (100 * pl.col("table_accuracy")).mean().alias("by tables, %"),
-        (1e3 * pl.col("seconds").median()).alias("ms"),
-        (1e3 * pl.col("seconds").quantile(0.25)).alias("ms, first quartile"),
-        (1e3 * pl.col("seconds").quantile(0.75)).alias("ms, third quartile"),
-    ).with_columns(differing=pl.when(pl.col("part") == "exact").then("differing"))  # fmt: skip
+        pl.format("{} ± {}", accuracy.mean().round(2), error).alias("accuracy, %"),
+        *milliseconds,
+    )
 
 
 def figure(rows: pl.DataFrame) -> Figure:

@@ -5,9 +5,9 @@
 f1, a language model of WikiText-2, is rounded to 3 or 2 bits a weight, solved by GPTQ at 3 bits, pruned by magnitude
 to one half, or pruned and rounded to 4 bits: nominally an eighth of its bytes. A prompt of 32 rows is learned on
 each frozen model from WikiText-2's training text, 500 batches of 8 pieces of 64 bytes, the learning rate chosen in
-100 steps on validation text. Beside it stand the control that decides, the same prompt on the *full* model; adapters of
-as many floats beside queries and values (LoRA); a hard prompt, the best of 4 pieces of training text; and a prompt as
-it was before training. Prompts are then put before every other model, and some are learned on tiny Shakespeare.
+100 steps on validation text. Beside it stand the control that decides, the same prompt on the *full* model; adapters
+of as many floats beside queries and values (LoRA); a hard prompt, the best of 4 pieces of training text; and a prompt
+as it was before training. Prompts are then put before every other model, and some are learned on tiny Shakespeare.
 
 All losses are means over the same real tokens. ``diluted`` is what the paper's released evaluation would print, whose
 mean runs over the prompt's places, too: it falls whatever the prompt says. A prompt takes 32 tokens of a context of

@@ -162,12 +162,24 @@ def lookup_tables(q: Float[Array, "B H D"], codebook: Float[Array, "K S R c"]) -
     Raises:
         ValueError: as `encode_keys`, and for query heads that the key heads do not divide.
     """
-    heads = codebook.shape[0]
-    queries = grouped(q, heads)
-    _check_codebook(codebook, heads, q.shape[2])
+    return _products(_queries(q, codebook), codebook)
+
+
+def _queries(q: Array, codebook: Array) -> Array:
+    """By key head, ``[B, K, J, D]``."""
+    _check_codebook(codebook, codebook.shape[0], q.shape[2])
+    return grouped(q, codebook.shape[0])
+
+
+def _products(queries: Array, codebook: Array) -> Array:
     parts = jnp.clip(queries, -_MOST, _MOST).reshape(*queries.shape[:3], codebook.shape[1], -1)
     books = jnp.clip(codebook.astype(jnp.float32), -_MOST, _MOST)
     return jnp.einsum("bkjsc,ksrc->bkjsr", parts, books, precision=jax.lax.Precision.HIGHEST)
+
+
+def _native_tables(queries: Array, codebook: Array) -> Tables:
+    """Of batch and key heads as one axis."""
+    return Tables(*nomad_native.query_tables(_rows(queries), codebook.astype(jnp.float32)))
 
 
 def quantise_tables(tables: Float32[Array, "*n S 16"]) -> Tables:
@@ -200,15 +212,12 @@ def lookup_sums(
         ValueError: for blocks that do not fit the tables, or another implementation.
         NativeUnavailable: for ``"native"`` where it is not.
     """
-    batch, heads, group, quantisers, _ = entries.shape
-    if blocks.shape[:2] != (batch, heads) or blocks.shape[3] != quantisers:
-        raise ValueError(f"blocks has shape {blocks.shape}; with tables {entries.shape} it must be "
-                         f"[{batch}, {heads}, blocks, {quantisers}, 16]")  # fmt: skip
+    group = entries.shape[2]
+    _check_blocks(blocks, entries, entries.shape[3])
     slots = BLOCK * blocks.shape[2]
 
     def native(entries: Array, blocks: Array) -> Array:
-        rows = (x.reshape(batch * heads, *x.shape[2:]) for x in (entries, blocks))
-        return nomad_native.lookup_sums(*rows).reshape(batch, heads, group, slots)
+        return nomad_native.lookup_sums(_rows(entries), _rows(blocks)).reshape(*entries.shape[:3], slots)
 
     def xla(entries: Array, blocks: Array) -> Array:
         def term(place: Array, code: Array) -> Array:
@@ -232,9 +241,19 @@ def nomad_scores(
     Raises:
         ValueError: for shapes that do not fit.
     """
-    tables = query_tables(q, codebook)
-    sums = lookup_sums(tables.entries, blocks, implementation=implementation)
-    return tables.step[..., None] * sums.astype(jnp.float32) + tables.bias[..., None]
+    queries = _queries(q, codebook)
+    _check_blocks(blocks, queries, codebook.shape[1])
+
+    def native(queries: Array, codebook: Array, blocks: Array) -> Array:
+        found = nomad_native.lookup_logits(*_native_tables(queries, codebook), _rows(blocks))
+        return found.reshape(*queries.shape[:3], -1)
+
+    def xla(queries: Array, codebook: Array, blocks: Array) -> Array:
+        entries, step, bias = quantise_tables(_products(queries, codebook))
+        sums = lookup_sums(entries, blocks, implementation="xla")
+        return step[..., None] * sums.astype(jnp.float32) + bias[..., None]
+
+    return _dispatch(implementation, native, xla, queries, codebook, blocks)
 
 
 def nomad_attention(
@@ -269,22 +288,21 @@ def nomad_attention(
     if blocks.shape[:2] != (batch, heads) or not slots <= BLOCK * blocks.shape[2] < slots + BLOCK:
         raise ValueError(f"blocks has shape {blocks.shape}; with values {values.shape} it must be "
                          f"[{batch}, {heads}, {-(-slots // BLOCK)}, S, 16]")  # fmt: skip
-    tables = query_tables(q, codebook)
-    group, quantisers = tables.entries.shape[2:4]
-    if blocks.shape[3] != quantisers:
-        raise ValueError(f"blocks has {blocks.shape[3]} quantisers; the codebook has {quantisers}")
-    slope = tables.step * (1 / math.sqrt(q.shape[2]) if scale is None else scale)
+    queries = _queries(q, codebook)
+    _check_blocks(blocks, queries, codebook.shape[1])
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[2])
 
-    def native(entries: Array, slope: Array, blocks: Array, values: Array, length: Array) -> Array:
-        def rows(x: Array) -> Array:
-            return x.reshape(batch * heads, *x.shape[2:])
-
+    def native(queries: Array, codebook: Array, blocks: Array, values: Array, length: Array) -> Array:
+        entries, step, _ = _native_tables(queries, codebook)
         of_rows = jnp.repeat(length, heads)
         wide = values.astype(jnp.float32)
-        found = nomad_native.attend(rows(entries), rows(slope), rows(blocks), rows(wide), of_rows)
-        return found.reshape(batch, heads, group, width)
+        found = nomad_native.attend(entries, scale * step, _rows(blocks), _rows(wide), of_rows)
+        return found.reshape(*queries.shape[:3], width)
 
-    def xla(entries: Array, slope: Array, blocks: Array, values: Array, length: Array) -> Array:
+    def xla(queries: Array, codebook: Array, blocks: Array, values: Array, length: Array) -> Array:
+        entries, step, _ = quantise_tables(_products(queries, codebook))
+        slope = scale * step
         sums = lookup_sums(entries, blocks, implementation="xla")[..., :slots].astype(jnp.int32)
         seen = (jnp.arange(slots) < length[:, None])[:, None, None]
         # Integers are subtracted before they become logits: the largest is then exactly 0.
@@ -298,8 +316,8 @@ def nomad_attention(
         out = jnp.einsum("bkjn,bknv->bkjv", share, held)
         return jnp.where(mass == 0, 0.0, out / jnp.where(mass == 0, 1.0, mass))
 
-    out = _dispatch(implementation, native, xla, tables.entries, slope, blocks, values, length)
-    return out.reshape(batch, heads * group, width).astype(values.dtype)
+    out = _dispatch(implementation, native, xla, queries, codebook, blocks, values, length)
+    return out.reshape(*q.shape[:2], width).astype(values.dtype)
 
 
 def _dispatch(implementation: Implementation, native: Any, xla: Any, *arrays: Array) -> Array:
@@ -359,6 +377,18 @@ class Nomad(Selector):
     def scores(self, index: Index, q: Float[Array, "B H D"]) -> Float32[Array, "B K J N"]:
         found = nomad_scores(q, index.slots["codes"], index.fixed["codebook"], implementation=self.implementation)
         return found[..., : index.fixed["slots"].shape[0]]
+
+
+def _rows(x: Array) -> Array:
+    """Batch and key heads as one axis, as the native functions have them."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _check_blocks(blocks: Array, of_queries: Array, quantisers: int) -> None:
+    batch, heads = of_queries.shape[:2]
+    if blocks.shape[:2] != (batch, heads) or blocks.shape[3] != quantisers:
+        raise ValueError(f"blocks has shape {blocks.shape}; of {batch} rows, {heads} key heads and {quantisers} "
+                         f"quantisers it must be [{batch}, {heads}, blocks, {quantisers}, 16]")  # fmt: skip
 
 
 def check_channels(channels: int, width: int) -> None:

@@ -155,6 +155,75 @@ Scan scan_of(Level level) {
   return scan_scalar;
 }
 
+// --- tables -------------------------------------------------------------------------------------------
+
+constexpr float kMost = 1e17f, kLeast = 1e-30f;  // `hashml.attention.nomad` has both, and says why
+
+// One query's tables and their worth. No instructions beyond the least are used, so that all processors round alike.
+void query_tables(const float* q, const float* book, int64_t quantisers, int64_t channels, float* products,
+                  uint8_t* entries, float* step, float* bias) {
+  float widest = 0.0f, spans = 0.0f, least_sum = 0.0f;
+  bool number = true;
+  for (int64_t s = 0; s < quantisers; ++s) {
+    float* lut = products + s * kTable;
+    std::fill(lut, lut + kTable, 0.0f);
+    for (int64_t c = 0; c < channels; ++c) {
+      const float own = std::clamp(q[s * channels + c], -kMost, kMost);
+      for (int64_t r = 0; r < kTable; ++r) {
+        lut[r] += own * std::clamp(book[(s * kTable + r) * channels + c], -kMost, kMost);
+      }
+    }
+    float least = lut[0], most = lut[0];
+    for (int64_t r = 0; r < kTable; ++r) {
+      least = std::min(least, lut[r]);
+      most = std::max(most, lut[r]);
+      number &= lut[r] == lut[r];
+    }
+    for (int64_t r = 0; r < kTable; ++r) lut[r] -= least;
+    widest = std::max(widest, most - least);
+    spans += most - least;
+    least_sum += least;
+  }
+  float unit = widest / 255;
+  if (quantisers > 257) unit = std::max(unit, spans / (65535 - static_cast<float>(quantisers) / 2));
+  unit = std::max(unit, kLeast);
+  const float inverse = 1 / unit;
+  for (int64_t i = 0; i < quantisers * kTable; ++i) {
+    // What is cut off is the fraction of a number that is not negative.
+    entries[i] = number ? static_cast<uint8_t>(std::min(products[i] * inverse + 0.5f, 255.0f)) : 0;
+  }
+  *step = number ? unit : std::numeric_limits<float>::quiet_NaN();
+  *bias = least_sum;
+}
+
+// --- logits ------------------------------------------------------------------------------------------
+
+using Scale = void (*)(const uint16_t* sums, int64_t keys, float step, float bias, float* out);
+
+NOMAD_INLINE void scale_keys(const uint16_t* sums, int64_t keys, float step, float bias, float* out) {
+  for (int64_t n = 0; n < keys; ++n) out[n] = step * static_cast<float>(sums[n]) + bias;
+}
+
+void scale_scalar(const uint16_t* sums, int64_t keys, float step, float bias, float* out) {
+  scale_keys(sums, keys, step, bias, out);
+}
+#if NOMAD_X86
+NOMAD_AVX2 void scale_avx2(const uint16_t* sums, int64_t keys, float step, float bias, float* out) {
+  scale_keys(sums, keys, step, bias, out);
+}
+NOMAD_AVX512 void scale_avx512(const uint16_t* sums, int64_t keys, float step, float bias, float* out) {
+  scale_keys(sums, keys, step, bias, out);
+}
+#endif
+
+Scale scale_of(Level level) {
+#if NOMAD_X86
+  if (level == kAvx512) return scale_avx512;
+  if (level == kAvx2) return scale_avx2;
+#endif
+  return scale_scalar;
+}
+
 // --- softmax and values -------------------------------------------------------------------------------
 
 // exp(x) for x <= 0, to 2e-7 of it; 0 below -87.
@@ -287,24 +356,65 @@ Chunk chunk_of(Level level) {
 
 // --- what XLA calls -----------------------------------------------------------------------------------
 
-ffi::Error scores(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> tables, ffi::Buffer<ffi::U8> codes,
-                  ffi::ResultBuffer<ffi::U16> out, int32_t asked) {
+ffi::Error tables(ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> codebook, ffi::ResultBuffer<ffi::U8> entries,
+                  ffi::ResultBuffer<ffi::F32> step, ffi::ResultBuffer<ffi::F32> bias) {
+  const auto of_queries = queries.dimensions(), of_book = codebook.dimensions();
+  const int64_t rows = of_queries[0], group = of_queries[1], width = of_queries[2];
+  const int64_t heads = of_book[0], quantisers = of_book[1], channels = of_book[3];
+  std::vector<float> products(quantisers * kTable);
+  for (int64_t query = 0; query < rows * group; ++query) {
+    const float* book = codebook.typed_data() + query / group % heads * width * kTable;
+    query_tables(queries.typed_data() + query * width, book, quantisers, channels, products.data(),
+                 entries->typed_data() + query * quantisers * kTable, step->typed_data() + query,
+                 bias->typed_data() + query);
+  }
+  return ffi::Error::Success();
+}
+
+// `take(query, first, keys, scan)` for some blocks of a query's keys at a time, of which the first is the `first` number
+// of the result; `scan(sums)` writes their sums.
+template <typename Take>
+void over_tiles(ffi::ThreadPool& pool, const ffi::Buffer<ffi::U8>& tables, const ffi::Buffer<ffi::U8>& codes,
+                Scan scan, const Take& take) {
   const auto of_tables = tables.dimensions(), of_codes = codes.dimensions();
   const int64_t rows = of_tables[0], group = of_tables[1], quantisers = of_tables[2], blocks = of_codes[1];
-  const Scan scan = scan_of(level_of(asked));
   const int64_t block_bytes = quantisers * kTable, part = kChunk / kBlock, parts = (blocks + part - 1) / part;
   const uint8_t *table = tables.typed_data(), *code = codes.typed_data();
-  uint16_t* sums = out->typed_data();
   in_parallel(pool, rows * parts, [&](int64_t unit) {
     const int64_t row = unit / parts, first = unit % parts * part, last = std::min(blocks, first + part);
     for (int64_t b = first; b < last; b += kTile) {
       for (int64_t j = 0; j < group; ++j) {
-        const int64_t query = row * group + j;
-        scan(table + query * block_bytes, code + (row * blocks + b) * block_bytes, std::min(kTile, last - b),
-             quantisers, sums + (query * blocks + b) * kBlock);
+        const int64_t query = row * group + j, count = std::min(kTile, last - b);
+        take(query, (query * blocks + b) * kBlock, count * kBlock, [&](uint16_t* sums) {
+          scan(table + query * block_bytes, code + (row * blocks + b) * block_bytes, count, quantisers, sums);
+        });
       }
     }
   });
+}
+
+ffi::Error scores(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> tables, ffi::Buffer<ffi::U8> codes,
+                  ffi::ResultBuffer<ffi::U16> out, int32_t asked) {
+  uint16_t* found = out->typed_data();
+  over_tiles(pool, tables, codes, scan_of(level_of(asked)),
+             [&](int64_t, int64_t first, int64_t, const auto& scan) { scan(found + first); });
+  return ffi::Error::Success();
+}
+
+// step * sum + bias, in the pass that makes the sums: by itself it would take as long as they do.
+ffi::Error logits(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> tables, ffi::Buffer<ffi::F32> step,
+                  ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::U8> codes, ffi::ResultBuffer<ffi::F32> out,
+                  int32_t asked) {
+  const Level level = level_of(asked);
+  const Scale scale = scale_of(level);
+  const float *steps = step.typed_data(), *biases = bias.typed_data();
+  float* found = out->typed_data();
+  over_tiles(pool, tables, codes, scan_of(level),
+             [&](int64_t query, int64_t first, int64_t keys, const auto& scan) {
+               uint16_t sums[kTile * kBlock];
+               scan(sums);
+               scale(sums, keys, steps[query], biases[query], found + first);
+             });
   return ffi::Error::Success();
 }
 
@@ -349,12 +459,30 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> tables, ffi::Buffer
 
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hashml_nomad_tables, tables,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hashml_nomad_scores, scores,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Ret<ffi::Buffer<ffi::U16>>()
+                                  .Attr<int32_t>("level"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hashml_nomad_logits, logits,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int32_t>("level"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hashml_nomad_attend, attend,

@@ -51,6 +51,29 @@ def best_level() -> Level:
     return LEVELS[_library().hashml_nomad_level()]
 
 
+def query_tables(
+    q: Float32[Array, "R J D"], codebook: Float32[Array, "K S 16 c"]
+) -> tuple[UInt8[Array, "R J S 16"], Float32[Array, "R J"], Float32[Array, "R J"]]:
+    """Tables of queries, their step and their bias, as `hashml.attention.nomad.query_tables` has them.
+
+    XLA takes longer over their few numbers than the look-ups take for thousands of keys. Products are rounded after
+    each channel, so that an entry that lies at a half may be the next one of XLA's.
+
+    Args:
+        q: of rows; row ``r`` reads key head ``r % K``.
+        codebook: of the key heads.
+
+    Raises:
+        NativeUnavailable: without a library.
+    """
+    _library()
+    of_queries, quantisers = q.shape[:2], codebook.shape[1]
+    worth = jax.ShapeDtypeStruct(of_queries, jnp.float32)
+    out = (jax.ShapeDtypeStruct((*of_queries, quantisers, 16), jnp.uint8), worth, worth)
+    entries, step, bias = jax.ffi.ffi_call("hashml_nomad_tables", out, vmap_method="sequential")(q, codebook)
+    return entries, step, bias
+
+
 def lookup_sums(
     tables: UInt8[Array, "R J S 16"], codes: UInt8[Array, "R blocks S 16"], *, level: Level = "auto"
 ) -> UInt16[Array, "R J slots"]:
@@ -69,6 +92,31 @@ def lookup_sums(
     out = jax.ShapeDtypeStruct((rows, group, 32 * codes.shape[1]), jnp.uint16)
     call = jax.ffi.ffi_call("hashml_nomad_scores", out, vmap_method="sequential")
     return call(tables, codes, level=_number(level))
+
+
+def lookup_logits(
+    tables: UInt8[Array, "R J S 16"],
+    step: Float32[Array, "R J"],
+    bias: Float32[Array, "R J"],
+    codes: UInt8[Array, "R blocks S 16"],
+    *,
+    level: Level = "auto",
+) -> Float32[Array, "R J slots"]:
+    """``step * sums + bias`` of the sums of `lookup_sums`, in the pass that makes them.
+
+    Args:
+        tables, codes, level: as `lookup_sums`.
+        step: what a unit of a sum is worth.
+        bias: what is added.
+
+    Raises:
+        NativeUnavailable: without a library.
+    """
+    _library()
+    rows, group = tables.shape[:2]
+    out = jax.ShapeDtypeStruct((rows, group, 32 * codes.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call("hashml_nomad_logits", out, vmap_method="sequential")
+    return call(tables, step, bias, codes, level=_number(level))
 
 
 def attend(
@@ -118,8 +166,9 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library with its functions made known to XLA, or why there is none."""
     try:
         library = ctypes.CDLL(str(build(cache_folder(), compilers())))
-        for name in ("hashml_nomad_scores", "hashml_nomad_attend"):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        for name in ("tables", "scores", "logits", "attend"):
+            handler = jax.ffi.pycapsule(getattr(library, f"hashml_nomad_{name}"))
+            jax.ffi.register_ffi_target(f"hashml_nomad_{name}", handler, platform="cpu")
     except (NativeUnavailable, OSError) as error:
         _log.warning("NoMAD-Attention runs without its native look-ups, by XLA's slower ones: %s", error)
         return None, str(error)

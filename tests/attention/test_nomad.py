@@ -204,9 +204,35 @@ def test_native_sums_are_those_of_xla(rows, group, quantisers, count):
     entries, codes = jnp.asarray(entries), jnp.asarray(codes)
     expected = np.asarray(sums(entries[None], codes[None], implementation="xla"))[0]
     assert expected[0, 0, -1] == 255 * quantisers % 65536
+    step, bias = (jnp.asarray(rng.standard_normal((rows, group)), jnp.float32) for _ in range(2))
+    logits = np.float64(step)[..., None] * expected + np.float64(bias)[..., None]
     for level in nomad_native.LEVELS:
         np.testing.assert_array_equal(nomad_native.lookup_sums(entries, codes, level=level), expected, level)
+        found = nomad_native.lookup_logits(entries, step, bias, codes, level=level)
+        np.testing.assert_allclose(found, logits, rtol=1e-6, atol=1e-6, err_msg=level)
     np.testing.assert_array_equal(sums(entries[None], codes[None], implementation="auto")[0], expected)
+
+
+@native_only
+@pytest.mark.parametrize(("heads", "group", "quantisers", "channels"), [(2, 3, 5, 1), (3, 1, 4, 4), (1, 1, 300, 1)])
+def test_native_tables_are_those_of_xla(heads, group, quantisers, channels):
+    """Entries lie at a half of two once in some ten thousand."""
+    rng = np.random.default_rng(quantisers)
+    q = rng.standard_normal((2, heads * group, quantisers * channels)).astype(np.float32)
+    q[0, 0] *= 1e30  # beyond what counts
+    q[1, -1] = 0
+    book = jnp.asarray(rng.standard_normal((heads, quantisers, 16, channels)), jnp.float32)
+    expected = query_tables(jnp.asarray(q), book)
+    rows = q.reshape(2 * heads, group, -1)
+    entries, step, bias = nomad_native.query_tables(jnp.asarray(rows), book)
+    apart = np.abs(np.asarray(entries, int) - np.asarray(expected.entries, int).reshape(entries.shape))
+    assert apart.max() <= 1
+    assert np.mean(apart) < 1e-3
+    np.testing.assert_allclose(step, expected.step.reshape(step.shape), rtol=1e-5)
+    np.testing.assert_allclose(bias, expected.bias.reshape(bias.shape), rtol=1e-5, atol=1e-5)
+    q[1, 0, 0] = np.nan
+    _, broken, _ = nomad_native.query_tables(jnp.asarray(q.reshape(rows.shape)), book)
+    assert np.isnan(broken).sum() == 1
 
 
 # --- attention ----------------------------------------------------------------------------------------
@@ -361,12 +387,12 @@ def test_what_does_not_fit_is_refused(inputs, book, blocks):
     with pytest.raises(ValueError, match="slots is 65; 2 blocks hold 0 to 64 keys"):
         nomad.unpack_blocks(blocks, 65)
     with pytest.raises(
-        ValueError, match=r"blocks has shape \(2, 2, 2, 5, 16\); with tables .* \[2, 2, blocks, 6, 16\]"
+        ValueError, match=r"blocks has shape \(2, 2, 2, 5, 16\); of 2 rows, 2 key heads and 6 quantisers"
     ):
         nomad.lookup_sums(entries, blocks[:, :, :, :5])
     with pytest.raises(ValueError, match=r"blocks has shape .* with values .* it must be \[2, 2, 2, S, 16\]"):
         nomad.nomad_attention(q, blocks[:, :, :1], values, book, length)
-    with pytest.raises(ValueError, match="blocks has 5 quantisers; the codebook has 6"):
+    with pytest.raises(ValueError, match="2 key heads and 6 quantisers it must be"):
         nomad.nomad_attention(q, blocks[:, :, :, :5], values, book, length)
     with pytest.raises(ValueError, match="channels is 0; it must be at least 1"):
         NomadKeys(0)

@@ -29,7 +29,11 @@ def sections():
 def test_markdown_agrees(sections, monkeypatch):
     """And it is a function of the rows: what is installed beside the library has no say in it."""
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name in OPTIONAL else find_spec(name, *at))
+
+    def installed(name, *at):
+        return None if name in OPTIONAL else find_spec(name, *at)
+
+    monkeypatch.setattr(importlib.util, "find_spec", installed)
     assert (ROOT / "RESULTS.md").read_text() == markdown.render(sections), AGAIN
 
 
