@@ -157,8 +157,8 @@ def _of_encoder(rows: pl.DataFrame, a: str, b: str, bits: int, number: str) -> M
     return _counted(mine - other, f"{mine:.3f} against {other:.3f}")
 
 
-def _slowest(rows: pl.DataFrame, method: str) -> Measured:
-    part = rows.filter(pl.col("part").eq("time") & pl.col("method").eq(method))
+def _slowest(rows: pl.DataFrame, method: str, bits: tuple[int, ...]) -> Measured:
+    part = rows.filter(pl.col("part").eq("time") & pl.col("method").eq(method) & pl.col("bits").is_in(bits))
     if part.is_empty():
         raise NotEnoughRows("no times")
     worst = part.sort("ratio").row(-1, named=True)
@@ -302,15 +302,16 @@ CLAIMS = (
     ),
     *(
         Claim(
-            f"time-{method}",
-            f"{name} takes at most 1.5 times GPTQ's time, at every number of bits",
+            f"time-{method}-{bits[-1]}",
+            f"{name} takes at most 1.5 times GPTQ's time at {' and '.join(map(str, bits))} bits",
             paper="none; an efficient fused kernel for the search of affine grids",
-            measure=functools.partial(_slowest, method=method),
+            measure=functools.partial(_slowest, method=method, bits=bits),
             holds=lambda measured: measured.high <= 1.5,
             source="this project's target",
             unit="of GPTQ's",
         )
         for method, name in (("leanquant_4", "LeanQuant (p = 4)"), ("leanquant_affine", "LeanQuant's affine grid"))
+        for bits in ((2, 3), (4,))
     ),
     Claim(
         "large",
@@ -359,7 +360,9 @@ def figure(rows: pl.DataFrame) -> Figure:
     """Loss over the exact model's, or one less the cosine, against bits a weight: one line a method."""
     quality = _with_excess(rows).filter(pl.col("method").is_in(_LINES))
     models = quality["model"].unique(maintain_order=True).to_list()
-    drawing, axes = new_figure(max(1, len(models)), 1, width=5.6 * max(1, len(models)), height=4.6)
+    columns = max(1, len(models) if len(models) < 4 else (len(models) + 1) // 2)
+    lines = max(1, -(-len(models) // columns))
+    drawing, axes = new_figure(columns, lines, width=5.6 * columns, height=4.6 * lines)
     for ax, model in zip(axes, models, strict=False):
         part = quality.filter(pl.col("model") == model)
         encoder = model == MINILM

@@ -131,9 +131,10 @@ def test_a_claim_that_the_rows_break_fails():
     by_id = {claim.id: claim for claim in leanquant.CLAIMS}
     assert not by_id["leanquant-gptq-3"].holds(by_id["leanquant-gptq-3"].measure(worse))
     times = pl.DataFrame(
-        {"part": ["time"] * 2, "model": ["f1"] * 2, "method": ["leanquant_4"] * 2, "bits": [2, 3],
-         "ratio": [1.2, 1.45], "ratio_low": [1.1, 1.4], "ratio_high": [1.3, 1.6]}
+        {"part": ["time"] * 3, "model": ["f1"] * 3, "method": ["leanquant_4"] * 3, "bits": [2, 3, 4],
+         "ratio": [1.2, 1.45, 1.3], "ratio_low": [1.1, 1.4, 1.2], "ratio_high": [1.3, 1.6, 1.4]}
     )  # fmt: skip
-    slowest = by_id["time-leanquant_4"].measure(times)
+    slowest = by_id["time-leanquant_4-3"].measure(times)
     assert slowest.value == 1.45
-    assert not by_id["time-leanquant_4"].holds(slowest)
+    assert not by_id["time-leanquant_4-3"].holds(slowest)
+    assert by_id["time-leanquant_4-4"].holds(by_id["time-leanquant_4-4"].measure(times))
