@@ -3,43 +3,39 @@
     sums[n] = sum_s tables[s, code[s, n]]     in uint16, by shuffles of bytes (AVX-512, AVX2), else by a plain loop
 
 XLA has no shuffle of bytes, and a gather from 16 entries costs it more than the products that it replaces.
-`hashml.native` says who compiles and where the library lies. Nothing here is needed to install or import hashml:
-without a compiler `available` is false, a warning is logged once, and callers take XLA's path.
+`hashml_kernels.native` says who compiles and where the library lies. Nothing here is needed to install or import
+hashml: without a compiler `available` is false, a warning is logged once, and callers take XLA's path.
 
 Work is shared with the threads of XLA's own pool, in units that do not depend on their number, so that they change no
 bit of a result.
 """
 
-import ctypes
-import functools
-import logging
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.ffi
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt8, UInt16
 
-from hashml import native
-from hashml.native import NativeUnavailable, cache_folder, compilers
+from hashml_kernels import native
+from hashml_kernels.native_xla import XlaFunctions
 
 Level = Literal["auto", "scalar", "avx2", "avx512"]
 """Instructions to use; those that the processor lacks are replaced by the next best. ``"auto"``: the best."""
 
 LEVELS: tuple[Level, ...] = ("auto", "scalar", "avx2", "avx512")
-SOURCE = Path(__file__).with_suffix(".cc")
-FLAGS = (*native.FLAGS, "-pthread", "-fno-math-errno", "-Wno-psabi")
-_log = logging.getLogger(__name__)
+FUNCTIONS = XlaFunctions(
+    Path(__file__).with_suffix(".cc"),
+    ("hashml_nomad_tables", "hashml_nomad_scores", "hashml_nomad_logits", "hashml_nomad_attend"),
+    "NoMAD-Attention runs without its native look-ups, by XLA's slower ones",
+    (*native.FLAGS, "-pthread", "-fno-math-errno", "-Wno-psabi"),
+)
 
 
 def available() -> bool:
     """Whether there is a library, which is compiled now where there is none yet. Why not is logged once."""
-    return _loaded()[0] is not None
+    return FUNCTIONS.available()
 
 
 def best_level() -> Level:
@@ -48,7 +44,7 @@ def best_level() -> Level:
     Raises:
         NativeUnavailable: without a library.
     """
-    return LEVELS[_library().hashml_nomad_level()]
+    return LEVELS[FUNCTIONS.library().hashml_nomad_level()]
 
 
 def query_tables(
@@ -66,11 +62,10 @@ def query_tables(
     Raises:
         NativeUnavailable: without a library.
     """
-    _library()
     of_queries, quantisers = q.shape[:2], codebook.shape[1]
     worth = jax.ShapeDtypeStruct(of_queries, jnp.float32)
     out = (jax.ShapeDtypeStruct((*of_queries, quantisers, 16), jnp.uint8), worth, worth)
-    entries, step, bias = jax.ffi.ffi_call("hashml_nomad_tables", out, vmap_method="sequential")(q, codebook)
+    entries, step, bias = FUNCTIONS.call("hashml_nomad_tables", out, q, codebook)
     return entries, step, bias
 
 
@@ -87,11 +82,9 @@ def lookup_sums(
     Raises:
         NativeUnavailable: without a library.
     """
-    _library()
     rows, group = tables.shape[:2]
     out = jax.ShapeDtypeStruct((rows, group, 32 * codes.shape[1]), jnp.uint16)
-    call = jax.ffi.ffi_call("hashml_nomad_scores", out, vmap_method="sequential")
-    return call(tables, codes, level=_number(level))
+    return FUNCTIONS.call("hashml_nomad_scores", out, tables, codes, level=_number(level))
 
 
 def lookup_logits(
@@ -112,11 +105,9 @@ def lookup_logits(
     Raises:
         NativeUnavailable: without a library.
     """
-    _library()
     rows, group = tables.shape[:2]
     out = jax.ShapeDtypeStruct((rows, group, 32 * codes.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call("hashml_nomad_logits", out, vmap_method="sequential")
-    return call(tables, step, bias, codes, level=_number(level))
+    return FUNCTIONS.call("hashml_nomad_logits", out, tables, step, bias, codes, level=_number(level))
 
 
 def attend(
@@ -139,50 +130,11 @@ def attend(
     Raises:
         NativeUnavailable: without a library.
     """
-    _library()
     out = jax.ShapeDtypeStruct((*tables.shape[:2], values.shape[2]), jnp.float32)
-    call = jax.ffi.ffi_call("hashml_nomad_attend", out, vmap_method="sequential")
-    return call(tables, slope, codes, values, length, level=_number(level))
+    return FUNCTIONS.call("hashml_nomad_attend", out, tables, slope, codes, values, length, level=_number(level))
 
 
 def _number(level: Level) -> np.int32:
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; allowed are {', '.join(map(repr, LEVELS))}")
     return np.int32(LEVELS.index(level))
-
-
-# --- compiling ----------------------------------------------------------------------------------------
-
-
-def _library() -> ctypes.CDLL:
-    library, reason = _loaded()
-    if library is None:
-        raise NativeUnavailable(f"there is no native library: {reason}")
-    return library
-
-
-@functools.cache
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The library with its functions made known to XLA, or why there is none."""
-    try:
-        library = ctypes.CDLL(str(build(cache_folder(), compilers())))
-        for name in ("tables", "scores", "logits", "attend"):
-            handler = jax.ffi.pycapsule(getattr(library, f"hashml_nomad_{name}"))
-            jax.ffi.register_ffi_target(f"hashml_nomad_{name}", handler, platform="cpu")
-    except (NativeUnavailable, OSError) as error:
-        _log.warning("NoMAD-Attention runs without its native look-ups, by XLA's slower ones: %s", error)
-        return None, str(error)
-    return library, ""
-
-
-def build(
-    folder: Path, commands: list[list[str]], run: Callable[..., "subprocess.CompletedProcess[str]"] = subprocess.run
-) -> Path:
-    """The library in ``folder``, as `hashml.native.build` makes it.
-
-    Raises:
-        NativeUnavailable: if no command works.
-        OSError: if nothing can be written.
-    """
-    return native.build(SOURCE, folder, commands, flags=FLAGS, headers=(native.THREADS,),
-                        includes=(jax.ffi.include_dir(),), version=jaxlib.__version__, run=run)  # fmt: skip

@@ -3,8 +3,8 @@
     numbers = sign | symbol | low bits           in one pass over the stream and the rests, on the calling thread
 
 NumPy decodes all lanes in lockstep, an array for each look-up, and joins numbers in further passes; compiled, eight
-lanes take turns, two symbols a look-up, which is several times as fast. `hashml.native` says who compiles and where
-the library lies. Nothing here is needed to install or import hashml: without a compiler `available` is false, a
+lanes take turns, two symbols a look-up, which is several times as fast. `hashml_kernels.native` says who compiles and
+where the library lies. Nothing here is needed to install or import hashml: without a compiler `available` is false, a
 warning is logged once, and `hashml.coding.huffman_chunks` takes its path in NumPy. The interpreter's lock is not held
 meanwhile, so that threads can decode several arrays at once.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hashml.native import NativeUnavailable, build, cache_folder, compilers
+from hashml_kernels.native import NativeUnavailable, build, cache_folder, compilers
 
 SOURCE = Path(__file__).with_suffix(".cc")
 JOINS = {(16, 7, False): 1, (8, 3, False): 2, (8, 3, True): 3, (8, 1, False): 4}

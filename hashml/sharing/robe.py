@@ -69,8 +69,7 @@ def robe_lookup(
         TypeError: for ids that are no integers, or a memory that is no float array.
         ValueError: for a memory that is no vector, a budget smaller than a block, or a geometry out of range.
     """
-    inside = ids_inside(ids, num_embeddings)
-    rows = hash_gather(
+    return hash_gather(
         memory,
         row_words(ids),
         features=features,
@@ -79,8 +78,8 @@ def robe_lookup(
         sign=sign,
         wrap=wrap,
         align=align,
+        valid=ids_inside(ids, num_embeddings),
     )
-    return _nan_where_not(inside, rows)
 
 
 def robe_bag(
@@ -295,8 +294,16 @@ class RobeEmbed(nn.Module):
     def __call__(self, inputs: Ids) -> Float[Array, "*batch {self.features}"]:
         """Rows of the ids ``inputs``; ids outside the table give NaN (`robe_lookup`)."""
         (memory,) = promote_dtype(self.memory, dtype=self.dtype, inexact=False)
-        rows = self.sharing_map().expand_rows(memory, row_words(inputs))
-        return _nan_where_not(ids_inside(inputs, self.num_embeddings), rows)
+        return robe_lookup(
+            memory,
+            inputs,
+            features=self.features,
+            block_size=self.block_size,
+            seed=self.seed,
+            sign=self.sign,
+            align=self.align,
+            num_embeddings=self.num_embeddings,
+        )
 
     def attend(self, query: Float[AnyArray, "*batch D"]) -> Float[Array, "*batch {self.num_embeddings}"]:
         """Inner products of ``query`` with every row, for a tied output layer; rows exist by blocks only."""

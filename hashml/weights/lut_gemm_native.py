@@ -2,47 +2,41 @@
 
     out[m, n] = sum_k weight_levels[w[n, k]] activation_levels[a[m, k]]       in int32, by shuffles of bytes
 
-XLA has no shuffle of bytes. `hashml.native` says who compiles and where the library lies. Nothing here is needed to
-install or import hashml: without a compiler `available` is false, a warning is logged once, and
+XLA has no shuffle of bytes. `hashml_kernels.native` says who compiles and where the library lies. Nothing here is
+needed to install or import hashml: without a compiler `available` is false, a warning is logged once, and
 `hashml.weights.lut_gemm` takes XLA's path. Work is shared with the threads of XLA's own pool.
 
 Tables are made from the levels in each call, which is some thousand products, and hold sums of whole runs of
 weights (`block_product`). The paper's kernel looks single products up (`row_product`); both are exact for any levels.
 """
 
-import ctypes
-import functools
-import logging
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.ffi
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jaxtyping import Array, Int32, Integer, UInt8
 
-from hashml import native
 from hashml.coding import pack, packed_size
-from hashml.native import NativeUnavailable, cache_folder, compilers
+from hashml_kernels.native_xla import XlaFunctions
 
 Level = Literal["auto", "scalar", "avx2", "avx512"]
 """Instructions to use; those that the processor lacks are replaced by the next best. ``"auto"``: the best.
 ``"avx512"`` needs VBMI, too."""
 
 LEVELS: tuple[Level, ...] = ("auto", "scalar", "avx2", "avx512")
-SOURCE = Path(__file__).with_suffix(".cc")
-FLAGS = (*native.FLAGS, "-pthread", "-Wno-psabi")
+FUNCTIONS = XlaFunctions(
+    Path(__file__).with_suffix(".cc"),
+    ("hashml_lut_blocks", "hashml_lut_rows"),
+    "The lookup-table GEMM runs without its native kernel, by XLA's products",
+)
 AnyArray = Array | np.ndarray
-_log = logging.getLogger(__name__)
 
 
 def available() -> bool:
     """Whether there is a library, which is compiled now where there is none yet. Why not is logged once."""
-    return _loaded()[0] is not None
+    return FUNCTIONS.available()
 
 
 def best_level() -> Level:
@@ -51,7 +45,7 @@ def best_level() -> Level:
     Raises:
         NativeUnavailable: without a library.
     """
-    return LEVELS[_library().hashml_lut_level()]
+    return LEVELS[FUNCTIONS.library().hashml_lut_level()]
 
 
 def block_product(
@@ -87,9 +81,8 @@ def block_product(
     expected = (-(-rows // 64), packed_size(columns, bits))
     if blocks.shape[:2] != expected:
         raise ValueError(f"blocks has shape {blocks.shape}; {rows} rows of {columns} codes are {(*expected, 64)}")
-    _library()
-    call = jax.ffi.ffi_call("hashml_lut_blocks", _result(activations, rows), vmap_method="sequential")
-    return call(activations, blocks, activation_levels, weight_levels, bits=np.int32(bits), level=_number(level))
+    return FUNCTIONS.call("hashml_lut_blocks", _result(activations, rows), activations, blocks, activation_levels,
+                          weight_levels, bits=np.int32(bits), level=_number(level))  # fmt: skip
 
 
 def pack_rows(codes: Integer[AnyArray, "N K"]) -> UInt8[Array, "N row_bytes"]:
@@ -129,11 +122,9 @@ def row_product(
             f"rows have {activations.shape[1]} and {weights.shape[1]} bytes; {columns} codes of 2 bits take "
             f"{packed_size(columns, 2)}"
         )
-    _library()
-    call = jax.ffi.ffi_call("hashml_lut_rows", _result(activations, len(weights)), vmap_method="sequential")
-    return call(
-        activations, weights, activation_levels, weight_levels, columns=np.int32(columns), level=_number(level)
-    )
+    return FUNCTIONS.call("hashml_lut_rows", _result(activations, len(weights)), activations, weights,
+                          activation_levels, weight_levels, columns=np.int32(columns),
+                          level=_number(level))  # fmt: skip
 
 
 def _result(activations: Array | np.ndarray, rows: int) -> jax.ShapeDtypeStruct:
@@ -144,39 +135,3 @@ def _number(level: Level) -> np.int32:
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; allowed are {', '.join(map(repr, LEVELS))}")
     return np.int32(LEVELS.index(level))
-
-
-# --- compiling ----------------------------------------------------------------------------------------
-
-
-def _library() -> ctypes.CDLL:
-    library, reason = _loaded()
-    if library is None:
-        raise NativeUnavailable(f"there is no native library: {reason}")
-    return library
-
-
-@functools.cache
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The library with its functions made known to XLA, or why there is none."""
-    try:
-        library = ctypes.CDLL(str(build(cache_folder(), compilers())))
-        for name in ("hashml_lut_blocks", "hashml_lut_rows"):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    except (NativeUnavailable, OSError) as error:
-        _log.warning("The lookup-table GEMM runs without its native kernel, by XLA's products: %s", error)
-        return None, str(error)
-    return library, ""
-
-
-def build(
-    folder: Path, commands: list[list[str]], run: Callable[..., "subprocess.CompletedProcess[str]"] = subprocess.run
-) -> Path:
-    """The library in ``folder``, as `hashml.native.build` makes it.
-
-    Raises:
-        NativeUnavailable: if no command works.
-        OSError: if nothing can be written.
-    """
-    return native.build(SOURCE, folder, commands, flags=FLAGS, headers=(native.THREADS,),
-                        includes=(jax.ffi.include_dir(),), version=jaxlib.__version__, run=run)  # fmt: skip

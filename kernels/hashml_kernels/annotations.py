@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from jax import Array as Array
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool as Bool
     from jaxtyping import Float as Float
     from jaxtyping import Int as Int
 else:
     try:
-        from jaxtyping import Float, Int
+        from jaxtyping import Bool, Float, Int
     except ModuleNotFoundError:
 
         class _Unchecked:
             def __class_getitem__(cls, _: Any) -> type[Array]:
                 return Array
 
-        Float = Int = _Unchecked
+        Bool = Float = Int = _Unchecked

@@ -20,6 +20,7 @@ from hashml.kvcache.attending import attend
 from hashml.kvcache.eviction import append
 from hashml.kvcache.state import init_layer
 from hashml.models.rotary import Rotary
+from hashml_kernels import native, native_xla
 
 B, K, J, N, D, C = 2, 2, 2, 45, 12, 2
 H, S = K * J, D // C
@@ -205,7 +206,7 @@ def test_native_sums_are_those_of_xla(rows, group, quantisers, count):
     expected = np.asarray(sums(entries[None], codes[None], implementation="xla"))[0]
     assert expected[0, 0, -1] == 255 * quantisers % 65536
     step, bias = (jnp.asarray(rng.standard_normal((rows, group)), jnp.float32) for _ in range(2))
-    logits = np.float64(step)[..., None] * expected + np.float64(bias)[..., None]
+    logits = np.asarray(step, np.float64)[..., None] * expected + np.asarray(bias, np.float64)[..., None]
     for level in nomad_native.LEVELS:
         np.testing.assert_array_equal(nomad_native.lookup_sums(entries, codes, level=level), expected, level)
         found = nomad_native.lookup_logits(entries, step, bias, codes, level=level)
@@ -401,10 +402,10 @@ def test_what_does_not_fit_is_refused(inputs, book, blocks):
 @pytest.fixture
 def no_library(monkeypatch):
     """As on a machine where nothing compiles."""
-    monkeypatch.setattr(nomad_native, "compilers", list)
-    nomad_native._loaded.cache_clear()
+    monkeypatch.setattr(native, "compilers", list)
+    native_xla.load.cache_clear()
     yield
-    nomad_native._loaded.cache_clear()
+    native_xla.load.cache_clear()
 
 
 def test_without_a_compiler_xla_serves_and_says_so_once(
@@ -422,7 +423,7 @@ def test_without_a_compiler_xla_serves_and_says_so_once(
     ]
     expected = attention(q, blocks, values, book, length, implementation="xla")
     np.testing.assert_array_equal(found[0], expected)
-    with pytest.raises(nomad_native.NativeUnavailable, match="there is no native library: no C"):
+    with pytest.raises(native.NativeUnavailable, match="there is no native library: no C"):
         nomad.nomad_attention(q, blocks, values, book, length, implementation="native")
 
 
@@ -430,27 +431,27 @@ def test_a_library_is_built_once_by_the_first_compiler_that_works(tmp_path):
     """The compiler is a shell's script, which writes what it was asked to write."""
     works = ["sh", "-c", 'echo run >> "$0.runs"; for last; do :; done; echo library > "$last"', str(tmp_path / "cc")]
     fails = ["sh", "-c", "echo cc: fatal error: no headers >&2; exit 1"]
-    with pytest.raises(nomad_native.NativeUnavailable, match=r"sh -c .*: cc: fatal error: no headers"):
-        nomad_native.build(tmp_path, [fails])
-    with pytest.raises(nomad_native.NativeUnavailable, match="nowhere/c\\+\\+"):
-        nomad_native.build(tmp_path, [[str(tmp_path / "nowhere/c++")]])
-    found = nomad_native.build(tmp_path / "a" / "b", [fails, works])
+    with pytest.raises(native.NativeUnavailable, match=r"sh -c .*: cc: fatal error: no headers"):
+        nomad_native.FUNCTIONS.build(tmp_path, [fails])
+    with pytest.raises(native.NativeUnavailable, match="nowhere/c\\+\\+"):
+        nomad_native.FUNCTIONS.build(tmp_path, [[str(tmp_path / "nowhere/c++")]])
+    found = nomad_native.FUNCTIONS.build(tmp_path / "a" / "b", [fails, works])
     assert found.read_text() == "library\n"
     assert [path.name for path in found.parent.iterdir()] == [found.name]
-    assert nomad_native.build(tmp_path / "a" / "b", [works]) == found
+    assert nomad_native.FUNCTIONS.build(tmp_path / "a" / "b", [works]) == found
     assert (tmp_path / "cc.runs").read_text() == "run\n"
 
     def slow(*arguments, **options):
         raise subprocess.TimeoutExpired("c++", 300)
 
-    with pytest.raises(nomad_native.NativeUnavailable, match="timed out after 300 seconds"):
-        nomad_native.build(tmp_path / "c", [["c++"]], run=slow)
+    with pytest.raises(native.NativeUnavailable, match="timed out after 300 seconds"):
+        nomad_native.FUNCTIONS.build(tmp_path / "c", [["c++"]], run=slow)
     assert not list((tmp_path / "c").iterdir())
 
 
 def test_the_compiler_of_the_environment_comes_first(monkeypatch):
     monkeypatch.setenv("CXX", "ccache 'my c++'")
-    assert nomad_native.compilers()[0] == ["ccache", "my c++"]
+    assert native.compilers()[0] == ["ccache", "my c++"]
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX")
-    assert nomad_native.compilers() == []
+    assert native.compilers() == []

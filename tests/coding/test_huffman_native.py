@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashml import native
 from hashml.coding import huffman_native
 from hashml.coding.huffman_chunks import Chunks, decode_chunks_host, decode_joined_host, encode_chunks
 from hashml.weights.dfloat11 import DFLOAT11
 from hashml.weights.ecf8 import ECF8
 from hashml.weights.float_split import FORMATS, from_bits
 from hashml.weights.lossless import decode_host, encode
+from hashml_kernels import native
 
 needs_library = pytest.mark.skipif(not huffman_native.available(), reason="there is no C++ compiler")
 CODEC_OF = {dtype: codec for codec in (DFLOAT11, ECF8) for dtype in codec.dtypes}

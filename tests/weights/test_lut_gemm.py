@@ -28,6 +28,7 @@ from hashml.weights.lut_gemm import (
     product_table,
     unpack_weights,
 )
+from hashml_kernels import native, native_xla
 
 native_only = pytest.mark.skipif(not lut_gemm_native.available(), reason="there is no C++ compiler")
 FORMS = ("int8", "byte_tables", "bit_planes", pytest.param("native", marks=native_only))
@@ -272,11 +273,11 @@ def test_the_native_kernels_refuse_what_would_leave_their_arrays():
 @pytest.fixture
 def no_library(monkeypatch, tmp_path):
     """As on a machine where nothing compiles."""
-    monkeypatch.setattr(lut_gemm_native, "compilers", list)
+    monkeypatch.setattr(native, "compilers", list)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    lut_gemm_native._loaded.cache_clear()
+    native_xla.load.cache_clear()
     yield
-    lut_gemm_native._loaded.cache_clear()
+    native_xla.load.cache_clear()
 
 
 def test_without_a_compiler_xla_serves_and_says_so_once(no_library, caplog):
@@ -290,6 +291,6 @@ def test_without_a_compiler_xla_serves_and_says_so_once(no_library, caplog):
         "g++, clang++, or one named by $CXX)"
     ]
     np.testing.assert_array_equal(found[0], naive(a, w, a_levels, w_levels))
-    with pytest.raises(lut_gemm_native.NativeUnavailable, match="there is no native library: no C"):
+    with pytest.raises(native.NativeUnavailable, match="there is no native library: no C"):
         lut_product(a, w, a_levels, w_levels, implementation="native")
     assert lut_gemm.BLOCK == 64

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hashml_kernels import bits
-from hashml_kernels.annotations import Array, Float
-from hashml_kernels.hash_gather import pallas_mosaic_tpu, pallas_triton, reference, xla
+from hashml_kernels.annotations import Array, Bool, Float
+from hashml_kernels.hash_gather import native_cpu, pallas_mosaic_tpu, pallas_triton, reference, xla
 from hashml_kernels.hash_gather.geometry import BlockGeometry, Sign, Wrap, id_limbs
 from hashml_kernels.manual_axes import varying_alike
 
-Implementation = Literal["auto", "reference", "xla", "pallas_triton", "pallas_mosaic_tpu"]
+Implementation = Literal["auto", "reference", "xla", "native", "pallas_triton", "pallas_mosaic_tpu"]
 
 AnyArray = Array | np.ndarray
 """What the public functions take: JAX arrays, or NumPy arrays."""
@@ -41,6 +41,7 @@ def hash_gather(
     sign: Sign = "none",
     wrap: Wrap = "circular",
     align: int = 1,
+    valid: Bool[AnyArray, "*batch"] | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "*batch features"]:
     """Rows of a virtual table whose blocks lie at hashed offsets of ``memory``.
@@ -54,8 +55,11 @@ def hash_gather(
         sign: multiply by hashed signs: ``"none"``, one an ``"element"``, or one a ``"block"``.
         wrap: whether blocks run over the end of the memory, ``"circular"`` or ``"none"``.
         align: blocks start at multiples of it.
+        valid: ``[*batch]``; a row that is not valid is NaN and has no gradient.
         implementation: ``"auto"`` picks the platform's kernel where it serves the problem, else XLA. A
-            kernel asked for by name is interpreted on a CPU, slowly: that is for tests.
+            kernel asked for by name is interpreted on a CPU, slowly: that is for tests. ``"native"`` is
+            C++ for CPUs, compiled on first use, which ``"auto"`` picks for long lookups of long blocks;
+            gradients are XLA's.
 
     Returns:
         The rows ``[*batch, features]`` in the dtype of ``memory``. The gradient with respect to the
@@ -63,14 +67,19 @@ def hash_gather(
 
     Raises:
         TypeError: for ids that are no integers, a memory that is no float array, or sizes that are no ints.
-        ValueError: for a memory that is no vector or a field of the geometry out of its range.
+        ValueError: for a memory that is no vector, a field of the geometry out of its range, or ``valid``
+            of another shape than the ids.
         NotImplementedError: where an ``implementation`` asked for by name does not serve the problem.
     """
     memory = jnp.asarray(memory)
     geometry = _geometry(memory, features, block_size, seed, sign, wrap, align)
     words = id_limbs(ids)
-    (memory, flat), _ = varying_alike(memory, _flat(words))
-    rows = _gather(memory, flat, geometry, _known(implementation))
+    if valid is not None:
+        if valid.shape != _shape(words):
+            raise ValueError(f"valid has shape {valid.shape}; it must be that of ids, {_shape(words)}")
+        valid = jnp.asarray(valid).reshape(-1)
+    (memory, flat, valid), _ = varying_alike(memory, _flat(words), valid)
+    rows = _gather(memory, flat, valid, geometry, _known(implementation))
     return rows.reshape(*_shape(words), features)
 
 
@@ -160,18 +169,20 @@ def _custom_vjp(*static: int) -> Callable[[Callable[..., Any]], Any]:
     return functools.partial(jax.custom_vjp, nondiff_argnums=static)
 
 
-@_custom_vjp(2, 3)
-def _gather(memory, ids, geometry: BlockGeometry, implementation: Implementation) -> Any:
-    return _dispatch("gather", implementation, geometry, memory, ids)
+@_custom_vjp(3, 4)
+def _gather(memory, ids, valid, geometry: BlockGeometry, implementation: Implementation) -> Any:
+    return _dispatch("gather", implementation, geometry, memory, ids, valid=valid)
 
 
-def _gather_forward(memory, ids, geometry, implementation):
-    return _gather(memory, ids, geometry, implementation), (ids, jnp.zeros(0, memory.dtype))
+def _gather_forward(memory, ids, valid, geometry, implementation):
+    return _gather(memory, ids, valid, geometry, implementation), (ids, valid, jnp.zeros(0, memory.dtype))
 
 
 def _gather_backward(geometry, implementation, residuals, cotangent):
-    ids, like = residuals
-    return _scatter(cotangent, ids, geometry, implementation).astype(like.dtype), None
+    ids, valid, like = residuals
+    if valid is not None:
+        cotangent = jnp.where(valid[:, None], cotangent, 0)
+    return _scatter(cotangent, ids, geometry, implementation).astype(like.dtype), None, None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -188,7 +199,7 @@ def _scatter_forward(gradients, ids, geometry, implementation):
 
 def _scatter_backward(geometry, implementation, residuals, cotangent):
     ids, like = residuals
-    return _gather(cotangent, ids, geometry, implementation).astype(like.dtype), None
+    return _gather(cotangent, ids, None, geometry, implementation).astype(like.dtype), None
 
 
 _scatter.defvjp(_scatter_forward, _scatter_backward)
@@ -237,7 +248,7 @@ def _weight_gradient(bags, memory, ids, weights, geometry, implementation):
     """Dot products of each bag's vector with the rows of its members."""
     if weights is None:
         return None
-    rows = _gather(memory, _flat(ids), geometry, implementation).reshape(*weights.shape, geometry.features)
+    rows = _gather(memory, _flat(ids), None, geometry, implementation).reshape(*weights.shape, geometry.features)
     products = jnp.einsum("bf,blf->bl", bags, rows, precision="highest", preferred_element_type=jnp.float32)
     return products.astype(weights.dtype)
 
@@ -245,37 +256,54 @@ def _weight_gradient(bags, memory, ids, weights, geometry, implementation):
 # --- the choice of a backend ----------------------------------------------------------------------
 
 
-def _dispatch(op: str, implementation: Implementation, geometry: BlockGeometry, *operands) -> Any:
-    def through_xla(*operands, materialise: bool = False):
-        return getattr(xla, op)(*operands, geometry, materialise=materialise)
+def _dispatch(
+    op: str, implementation: Implementation, geometry: BlockGeometry, *operands: Any, valid: Array | None = None
+) -> Any:
+    """What the backend makes of the operands; ``valid`` is of a gather."""
 
     def through(backend, **options):
-        return lambda *operands: getattr(backend, op)(*operands, geometry, **options)
+        return lambda valid, *operands: _nan_where_not(valid, getattr(backend, op)(*operands, geometry, **options))
+
+    def natively(valid, memory, ids, *weights):
+        if op == "gather":
+            return native_cpu.gather(memory, ids, geometry, valid=valid)
+        return native_cpu.gather_bag(memory, ids, *weights, geometry=geometry)
 
     def served(backend):
         """The backend's kernel, or XLA where it says that it does not serve these operands."""
         try:
             backend.check(op, *operands, geometry=geometry)
         except NotImplementedError:
-            return through_xla
+            return through(xla)
         return through(backend)
 
     match implementation:
         case "auto":
+            native = native_cpu.serves(op, *operands, geometry=geometry)
             return jax.lax.platform_dependent(
+                valid,
                 *operands,
-                cpu=functools.partial(through_xla, materialise=True),
+                cpu=natively if native else through(xla, materialise=True),
                 cuda=served(pallas_triton),
                 tpu=served(pallas_mosaic_tpu),
-                default=through_xla,
+                default=through(xla),
             )
         case "reference" | "xla":
-            return through(_BACKENDS[implementation])(*operands)
+            return through(_BACKENDS[implementation])(valid, *operands)
+        case "native" if op.startswith("scatter"):
+            return through(xla, materialise=True)(valid, *operands)
+        case "native":
+            native_cpu.check(op, *operands, geometry=geometry)
+            return natively(valid, *operands)
         case _:
             backend = _BACKENDS[implementation]
             return jax.lax.platform_dependent(
-                *operands, cpu=through(backend, interpret=True), default=through(backend)
+                valid, *operands, cpu=through(backend, interpret=True), default=through(backend)
             )
+
+
+def _nan_where_not(valid: Array | None, rows: Array) -> Array:
+    return rows if valid is None else jnp.where(valid[:, None], rows, jnp.nan)
 
 
 def _known(implementation: Implementation) -> Implementation:

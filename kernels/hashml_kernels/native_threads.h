@@ -1,4 +1,4 @@
-// Work on the threads of XLA's own pool, for the native kernels that `hashml.native` compiles.
+// Work on the threads of XLA's own pool, for the native kernels that `hashml_kernels.native` compiles.
 
 #ifndef HASHML_NATIVE_THREADS_H_
 #define HASHML_NATIVE_THREADS_H_
