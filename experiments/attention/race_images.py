@@ -39,7 +39,7 @@ class Config:
     """Images of the validation and of the test part."""
     steps: int = 200
     batch_size: int = 16
-    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
     features: int = 64
     layers: int = 2
     seeds: int = 3

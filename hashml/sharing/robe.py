@@ -60,6 +60,9 @@ def robe_lookup(
         align: blocks start at multiples of it; 128 for a TPU.
         num_embeddings: rows of the table, if ids are to be checked against it.
 
+    On a CPU with one device long lookups are native code (`hashml_kernels.hash_gather.native_cpu`), where there is
+    a C++ compiler.
+
     Returns:
         ``[*batch, features]`` in the dtype of ``memory``. Ids from ``num_embeddings`` on give rows of NaN
         and no gradient, jitted or not, as with `flax.linen.Embed`; so do ids below zero, which that reads
