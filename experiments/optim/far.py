@@ -353,7 +353,7 @@ def table(rows: pl.DataFrame) -> pl.DataFrame:
 
 def figure(rows: pl.DataFrame) -> Figure:
     """Accuracy against the share of learners by choice; bytes of a compiled step; time of a step."""
-    drawing, axes = new_figure(columns=3)
+    drawing, axes = new_figure(columns=3, width=15, height=4.6)
     _draw_accuracy(axes[0], rows)
     _draw_bytes(axes[1], rows)
     _draw_time(axes[2], rows)
@@ -376,7 +376,7 @@ def _draw_accuracy(ax: Axes, rows: pl.DataFrame) -> None:
         ax.plot([shares.index(share)], [mean], color="black", marker="x", linestyle="", label=f"LoRA as {share:.0%}")
     ax.set_xticks(range(len(shares) + 1), labels=[*(f"{share:.0%}" for share in shares), "100%"])
     ax.set(xlabel="learners", ylabel="test accuracy", title="AG News, four classes")
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="x-small")
 
 
 def _draw_bytes(ax: Axes, rows: pl.DataFrame) -> None:
@@ -387,8 +387,9 @@ def _draw_bytes(ax: Axes, rows: pl.DataFrame) -> None:
         ax.barh(methods, width, left=left, label=name)
         left += width
     ax.invert_yaxis()
-    ax.set(xlabel="MiB of a training step", ylabel="method", title="compiled, DistilBERT's sizes")
-    ax.legend(fontsize="small")
+    # The legend stands beside the bars.
+    ax.set(xlabel="MiB of a training step", title="compiled, DistilBERT's sizes", xlim=(0, 1.5 * left.max()))
+    ax.legend(fontsize="x-small", loc="upper right")
 
 
 def _draw_time(ax: Axes, rows: pl.DataFrame) -> None:
@@ -399,4 +400,4 @@ def _draw_time(ax: Axes, rows: pl.DataFrame) -> None:
                     capsize=3, color="C0")  # fmt: skip
     ax.set_yticks(range(len(methods)), labels=methods)
     ax.invert_yaxis()
-    ax.set(xlabel="time of a step over full fine-tuning's", ylabel="method", title="two cores")
+    ax.set(xlabel="time of a step over full fine-tuning's", title="two cores")

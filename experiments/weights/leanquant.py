@@ -367,7 +367,9 @@ def figure(rows: pl.DataFrame) -> Figure:
         part = quality.filter(pl.col("model") == model)
         encoder = model == MINILM
         shown = part.with_columns((1 - pl.col("cosine") if encoder else pl.col("excess")).alias("shown"))
-        for place, method in enumerate(name for name in _LINES if name in part["method"]):
+        for place, method in enumerate(_LINES):
+            if method not in part["method"]:
+                continue
             points = (
                 shown.filter(pl.col("method") == method)
                 .group_by("bits", maintain_order=True)
@@ -378,6 +380,7 @@ def figure(rows: pl.DataFrame) -> Figure:
                 .sort("bits_per_weight")
             )
             style: dict[str, Any] = {
+                "color": f"C{place}",
                 "linestyle": "--" if "leanquant" in method else "-",
                 "marker": "os^vD*Xp"[place % 8],
             }
