@@ -6,7 +6,8 @@
 //   bags [n, features]      sums of rows [n, members] in float32, each times its weight where there are weights
 //
 // XLA reads a block a number at a time and asks of every one of them whether the memory ends before it. Here a block
-// is copied, or added, at once. Work is cut in units that do not depend on the number of threads.
+// is copied, or added, at once, by the widest registers that the processor has. Work is cut in units that do not depend
+// on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -152,7 +153,10 @@ RUNS_INLINE void add_blocks(const Geometry& g, const float* memory, const int32_
         if (base + kBlock <= g.budget) {
           for (int64_t t = 0; t < kBlock; ++t) sum[t] += weight * memory[base + t];
         } else {
-          for (int64_t t = 0; t < kBlock; ++t) sum[t] += weight * memory[base + t < g.budget ? base + t : base + t - g.budget];
+          for (int64_t t = 0; t < kBlock; ++t) {
+            const int64_t at = base + t;
+            sum[t] += weight * memory[at < g.budget ? at : at - g.budget];
+          }
         }
       }
       std::memcpy(to, sum, sizeof(sum));
@@ -211,8 +215,9 @@ ffi::Error gather_bag(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> memory, ffi::B
   const int64_t each = std::max<int64_t>(1, kUnit / 4 / (g.features * std::max<int64_t>(1, members)));
   in_parallel(pool, (bags + each - 1) / each, [&](int64_t unit) {
     for (int64_t bag = unit * each; bag < std::min(bags, (unit + 1) * each); ++bag) {
-      add(g, memory.typed_data(), bases.typed_data() + bag * members * g.blocks, weight ? weight + bag * members : nullptr,
-          members, out->typed_data() + bag * g.features);
+      const int64_t first = bag * members;
+      add(g, memory.typed_data(), bases.typed_data() + first * g.blocks, weight ? weight + first : nullptr, members,
+          out->typed_data() + bag * g.features);
     }
   });
   return ffi::Error::Success();
