@@ -66,7 +66,7 @@ def measure(problem: Problem, device: Device, *, samples: int, seed: int) -> Ite
 
 
 def _implementations(problem: Problem, device: Device) -> list[str]:
-    """The platform's kernel if it serves; on a CPU what ``"auto"`` does, which is XLA by another route."""
+    """The platform's kernel if it serves; on a CPU what ``"auto"`` does: native code, or XLA by another route."""
     names = ["auto"] if device.platform == "cpu" else []
     kernel = problem.kernels.get(device.platform)
     if kernel and problem.refusal(kernel) is None:
