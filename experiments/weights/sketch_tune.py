@@ -1,6 +1,6 @@
 """SketchTune adapts a model in few bits by its tables alone, against adapters of as many floats and of as many bytes.
 
-    python -m experiments run weights.sketch_tune      # about 15 minutes on 2 cores, once the models f1 are there
+    python -m experiments run weights.sketch_tune      # about 20 minutes on 2 cores, once the models f1 are there
 
 f1, a language model of WikiText-2, is sketched at 4, 3 and 2 bits with 1 or 4 tables a row, and adapted to tiny
 Shakespeare: the same 300 batches of 8 pieces of 64 bytes for every contender, a learning rate of its own, chosen in

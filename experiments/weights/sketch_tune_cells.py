@@ -47,8 +47,8 @@ class Config:
     """tokens."""
     scored: int = 256
     """Pieces of test text, and of validation text."""
-    table_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    adapter_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    table_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    adapter_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     full_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     seeds: int = 3
     """Models f1, each with an order of batches and adapters of its own."""
