@@ -146,9 +146,9 @@ def shares_of_the_slots(sharing_map, inside):
 
 @pytest.mark.parametrize("name", list(MAPS))
 def test_every_slot_is_hit_equally_often_over_seeds(name):
-    """Chi-square over the slots of one entry, drawn from 400 seeds: entries of one map are dependent."""
+    """Chi-square over the slots of one entry, drawn from 250 seeds: entries of one map are dependent."""
     counts = np.zeros(MAPS[name]().budget, np.int64)
-    for seed in range(400):
+    for seed in range(250):
         counts[int(MAPS[name](seed).slots(np.array([17]))[0, 5])] += 1
     sharing_map = MAPS[name]()
     inside = 5 % sharing_map.geometry.get("block_size", 1)
