@@ -228,8 +228,8 @@ def test_a_trained_layer_is_the_same_by_look_ups(bits):
     kernel = np.asarray(lsq_quantize(params["kernel"], params["kernel_scale"], bits, signed=True))
     assert len(np.unique(kernel[:, 0])) <= 2**bits
     # Two programs round 29 products of at most about 1, and their sums, in orders of their own.
-    alike = {"rtol": 1e-6, "atol": 29 * 2.0**-24}
-    np.testing.assert_allclose(lsq_dense(x, params["kernel"], *rest, bits=bits), expected, **alike)
+    found = lsq_dense(x, params["kernel"], *rest, bits=bits)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=29 * 2.0**-24)
 
 
 # --- bad input, and machines without a compiler -----------------------------------------------------------
