@@ -39,7 +39,7 @@ from experiments.attention.context_sparsity_cells import RANKED, SELECTORS, Cell
 from experiments.attention.context_sparsity_estimators import ESTIMATORS, errors, exceeded
 from experiments.kvcache import fixtures
 from experiments.kvcache.fixtures import Size
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, highest, lowest, mean_interval, new_figure
 from hashml.attention.oracle import OracleTopK
 from hashml.attention.v_attention import VAttention
 
@@ -179,7 +179,7 @@ def _lead(rows: pl.DataFrame, methods: tuple[str, ...], rival: str, sparsity: in
         over = _of(rows, "nll", method=rival, **wanted) - _of(rows, "nll", method=method, **wanted)
         cell = mean_interval(np.expm1(over), "models" if fixture == "f1" else "samples of stories")
         found.append(Measured(cell.value, cell.low, cell.high, f"least: {method}, {cell.note}"))
-    return min(found, key=lambda cell: cell.value)
+    return lowest(found)
 
 
 def _leak(rows: pl.DataFrame) -> Measured:
@@ -203,7 +203,7 @@ def _forgotten(rows: pl.DataFrame, methods: tuple[str, ...], sparsity: int) -> M
         wanted = {"fixture": "recall", "method": method, "sparsity": sparsity}
         cell = mean_interval(_of(rows, "exact_accuracy", **wanted) - _of(rows, "accuracy", **wanted), "models")
         found.append(Measured(cell.value, cell.low, cell.high, f"most: {method}, {cell.note}"))
-    return max(found, key=lambda cell: cell.value)
+    return highest(found)
 
 
 def _compounding(rows: pl.DataFrame) -> Measured:
@@ -227,7 +227,7 @@ def _broken(rows: pl.DataFrame) -> Measured:
     for spread in Config().spreads:
         cell = mean_interval(_of(rows, "error", part="guarantee", spread=spread), "heads")
         found.append(Measured(cell.value, cell.low, cell.high, f"most at deviation {spread}, {cell.note}"))
-    return max(found, key=lambda cell: cell.value)
+    return highest(found)
 
 
 BLOG = "vAttention's blog"

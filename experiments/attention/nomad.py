@@ -38,6 +38,8 @@ from experiments.lab import (
     Measured,
     NotEnoughRows,
     Trial,
+    highest,
+    lowest,
     mean_interval,
     new_figure,
     ratio_interval,
@@ -168,7 +170,7 @@ def _next_worse(rows: pl.DataFrame) -> Measured:
     for few, more in ((1, 2), (2, 4), (4, 8)):
         found = _perplexity(rows, "nomad", more, "nomad", few)
         steps.append(Measured(found.value, found.low, found.high, f"least from {few} to {more}, {found.note}"))
-    return min(steps, key=lambda found: found.value)
+    return lowest(steps)
 
 
 def _recall(rows: pl.DataFrame) -> Measured:
@@ -183,7 +185,7 @@ def _rounding(rows: pl.DataFrame) -> Measured:
         table, codes = (_of(rows, name, "nomad", channels, None, "budget") for name in ("table_error", "score_error"))
         cell = mean_interval(table / codes, "draws")
         found.append(Measured(cell.value, cell.low, cell.high, f"most at d_sub {channels}, {cell.note}"))
-    return max(found, key=lambda cell: cell.value)
+    return highest(found)
 
 
 def _key_error(rows: pl.DataFrame) -> Measured:

@@ -35,6 +35,7 @@ from experiments.lab import (
     Measured,
     NotEnoughRows,
     Trial,
+    lowest,
     mean_interval,
     new_figure,
     paired_difference,
@@ -226,7 +227,7 @@ def _bias_falls(rows: pl.DataFrame) -> Measured:
     for low, high in itertools.pairwise(betas):
         found = paired_difference(part, str(low), str(high), "value", on="seed", by="at")
         falls.append(Measured(found.value, found.low, found.high, f"beta from {low:g} to {high:g}, {found.note}"))
-    return min(falls, key=lambda fall: fall.low)
+    return lowest(falls)
 
 
 def _useful(rows: pl.DataFrame, task: str) -> pl.DataFrame:

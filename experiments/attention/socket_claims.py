@@ -8,7 +8,7 @@ import polars as pl
 from jaxtyping import Float
 
 from experiments.attention.socket_cells import WIDTH
-from experiments.lab import Claim, Measured, NotEnoughRows, mean_interval
+from experiments.lab import Claim, Measured, NotEnoughRows, highest, lowest, mean_interval
 
 SHARES = (0.05, 0.1, 0.2)
 """Parts of the keys that are read on trained heads."""
@@ -34,7 +34,7 @@ def _keys(rows: pl.DataFrame, first: str, second: str, metric: str, setups: tupl
         pair = [_of(rows, metric, setup, name, part="keys") for name in (first, second)]
         cell = mean_interval(pair[0] - pair[1], "draws")
         found.append(Measured(cell.value, cell.low, cell.high, f"least on {setup} keys, {cell.note}"))
-    return min(found, key=lambda cell: cell.low)
+    return lowest(found)
 
 
 def _lead(
@@ -49,7 +49,7 @@ def _lead(
             pair = [_of(rows, metric, data, name, share) for name in (first, second)]
             cell = mean_interval(sign * (pair[0] - pair[1]), "models")
             found.append(Measured(cell.value, cell.low, cell.high, f"least: {metric} at {share:.0%}, {cell.note}"))
-    return min(found, key=lambda cell: cell.low)
+    return lowest(found)
 
 
 def _excess(rows: pl.DataFrame, method: str, share: float) -> Measured:
@@ -64,7 +64,7 @@ def _perplexity(rows: pl.DataFrame, first: str, second: str) -> Measured:
         pair = [_of(rows, "nll", "f1", name, share, "loss") for name in (first, second)]
         cell = mean_interval(np.expm1(pair[1] - pair[0]), "models")
         found.append(Measured(cell.value, cell.low, cell.high, f"least at {share:.0%}, {cell.note}"))
-    return min(found, key=lambda cell: cell.low)
+    return lowest(found)
 
 
 def _collapse(rows: pl.DataFrame) -> Measured:
@@ -74,7 +74,7 @@ def _collapse(rows: pl.DataFrame) -> Measured:
         pair = [_of(rows, "recall_logits", setup, name, part="keys") for name in ("socket-plain:0.05", "hard-plain")]
         cell = mean_interval(np.abs(pair[0] - pair[1]), "draws")
         found.append(Measured(cell.value, cell.low, cell.high, f"most on {setup} keys, {cell.note}"))
-    return max(found, key=lambda cell: cell.high)
+    return highest(found)
 
 
 def _bytes_read(rows: pl.DataFrame) -> Measured:

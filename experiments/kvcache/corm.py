@@ -28,7 +28,16 @@ from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures
 from experiments.kvcache.corm_cells import Cell, Config, cells, cosines, overlap, scores
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure, paired_difference
+from experiments.lab import (
+    Claim,
+    Measured,
+    NotEnoughRows,
+    Trial,
+    lowest,
+    mean_interval,
+    new_figure,
+    paired_difference,
+)
 
 PAPER = (
     "Dai, Huang, Jiang, Chen, Cai, Bi, Shi: CORM, Cache Optimization with Recent Message for Large Language Model "
@@ -91,7 +100,7 @@ def _worst_layer(rows: pl.DataFrame, column: str, over: str | None = None) -> Me
         values = part[column].to_numpy() - (0 if over is None else part[over].to_numpy())
         at = "" if width is None else f", w = {width}"
         found.append(dataclasses.replace(mean_interval(values, "models"), note=f"worst: layer {layer}{at}"))
-    return min(found, key=lambda one: one.value)
+    return lowest(found)
 
 
 def _alike(rows: pl.DataFrame, suffix: str) -> Measured:
@@ -135,7 +144,7 @@ def _over_h2o(rows: pl.DataFrame) -> Measured:
         found.append(dataclasses.replace(one, note=f"worst: w = {width}"))
     if not found:
         raise NotEnoughRows("at no w does CORM keep half of the tokens or less")
-    return max(found, key=lambda one: one.low)
+    return max(found, key=lambda one: one.low)  # the claim is that at no w is it certainly more
 
 
 def _lead(rows: pl.DataFrame, rival: str) -> Measured:

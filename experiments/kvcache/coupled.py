@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures
 from experiments.kvcache.coupled_cells import TENSORS, Cell, Config, Weights, cells, scores, tensor_scores, weights_of
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, highest, mean_interval, new_figure
 
 PAPER = (
     "Zhang, Yi, Xu, Shrivastava: KV Cache is 1 Bit Per Channel: Efficient Large Language Model Inference with "
@@ -107,9 +107,9 @@ def _recall_lead(rows: pl.DataFrame, a: Which, b: Which) -> Measured:
 
 
 def _worst(found: dict[str, Measured]) -> Measured:
-    name = max(found, key=lambda each: found[each].value)
-    worst = found[name]
-    return Measured(worst.value, worst.low, worst.high, f"worst: {name}, {worst.note}")
+    return highest(
+        Measured(one.value, one.low, one.high, f"worst: {name}, {one.note}") for name, one in found.items()
+    )
 
 
 def _steps(rows: pl.DataFrame, methods: tuple[str, ...]) -> Measured:

@@ -26,7 +26,17 @@ from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures
 from experiments.kvcache.frontier_cells import Cell, Config, cells, scores
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure, paired_difference
+from experiments.lab import (
+    Claim,
+    Measured,
+    NotEnoughRows,
+    Trial,
+    furthest,
+    lowest,
+    mean_interval,
+    new_figure,
+    paired_difference,
+)
 
 PAPER = (
     "Liu, Desai, Liao, Wang, Xie, Xu, Kyrillidis, Shrivastava: Scissorhands, NeurIPS 2023, arXiv 2305.17118; "
@@ -91,17 +101,13 @@ def _excess(
     return mean_interval(first / second - 1, "samples of stories" if fixture == "stories" else "models")
 
 
-def _worst(cells: list[Measured]) -> Measured:
-    return max(cells, key=lambda cell: cell.value)
-
-
 def _compounding(rows: pl.DataFrame) -> Measured:
-    """By how much INT4 behind Scissorhands raises its loss, where it does so most."""
+    """By how much INT4 behind Scissorhands changes its loss, where it does so most."""
     cells = []
     for budget in (2, 4):
         found = _excess(rows, ("scissorhands+int4", budget), ("scissorhands", budget))
         cells.append(Measured(found.value, found.low, found.high, f"worst: 1/{budget} of the bytes"))
-    return _worst(cells)
+    return furthest(cells)
 
 
 def _recall(rows: pl.DataFrame, method: str, budget: int | None) -> Measured:
@@ -117,7 +123,7 @@ def _lead(rows: pl.DataFrame, methods: tuple[str, ...], control: str, budgets: t
         for method in methods:
             found = paired_difference(part, method, control, "accuracy", on=["seed"])
             cells.append(Measured(found.value, found.low, found.high, f"worst: {method} at 1/{budget}"))
-    return min(cells, key=lambda cell: cell.value)
+    return lowest(cells)
 
 
 def _recall_claim(

@@ -29,7 +29,18 @@ from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures, recall
 from experiments.kvcache.scissorhands_cells import Cell, Config, cells, histories, persistence, scores
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure, paired_difference
+from experiments.lab import (
+    Claim,
+    Measured,
+    NotEnoughRows,
+    Trial,
+    furthest,
+    highest,
+    lowest,
+    mean_interval,
+    new_figure,
+    paired_difference,
+)
 
 PAPER = (
     "Liu, Desai, Liao, Wang, Xie, Xu, Kyrillidis, Shrivastava: Scissorhands, Exploiting the Persistence of "
@@ -106,7 +117,7 @@ def _compounding(rows: pl.DataFrame) -> Measured:
         found.append(dataclasses.replace(one, note=f"worst: 1/{budget} of the tokens"))
     if not found:
         raise NotEnoughRows("no rows of scissorhands+int4")
-    return max(found, key=lambda one: abs(one.value))
+    return furthest(found)
 
 
 def _fold(rows: pl.DataFrame) -> Measured:
@@ -130,7 +141,7 @@ def _lead(rows: pl.DataFrame, rival: str) -> Measured:
         found.append(dataclasses.replace(one, note=f"worst: 1/{budget} of the tokens"))
     if not found:
         raise NotEnoughRows("no rows of recall")
-    return min(found, key=lambda one: one.value)
+    return lowest(found)
 
 
 def _layers(rows: pl.DataFrame) -> pl.DataFrame:
@@ -146,7 +157,7 @@ def _extreme_layer(rows: pl.DataFrame, column: str, over: str | None = None, lar
     for (layer,), part in _layers(rows).group_by("layer", maintain_order=True):
         values = part[column].to_numpy() - (0 if over is None else part[over].to_numpy())
         found.append(dataclasses.replace(mean_interval(values, "models"), note=f"worst: layer {layer}"))
-    return (max if largest else min)(found, key=lambda one: one.value)
+    return (highest if largest else lowest)(found)
 
 
 def _above_95(rows: pl.DataFrame) -> Measured:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures
 from experiments.kvcache.think_cells import TOGETHER, Cell, Choice, Config, cells, scores
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, highest, mean_interval, new_figure
 
 PAPER = (
     "Xu, Jie, Dong, Wang, Lu, Zhou, Saha, Xiong, Sahoo: ThinK: Thinner Key Cache by Query-Driven Pruning, ICLR 2025, "
@@ -81,7 +81,7 @@ def _choices(rows: pl.DataFrame, metric: str, a: Choice, b: Choice, parts: tuple
         first, second = (_of(rows, metric, "f1", "think", choice, part) for choice in (a, b))
         cell = mean_interval(first / second - 1, "models")
         found.append(Measured(cell.value, cell.low, cell.high, f"at {part:g} of the channels, {cell.note}"))
-    return max(found, key=lambda cell: cell.value)
+    return highest(found)
 
 
 def _excess(rows: pl.DataFrame, dropped: float) -> Measured:
@@ -100,7 +100,7 @@ def _behind(rows: pl.DataFrame, methods: tuple[str, ...], budgets: tuple[int | N
         where = method if budget is None else f"{method} at 1/{budget}"
         more = f"{int((excess > 0).sum())} of {len(excess)} models lose"
         found.append(Measured(cell.value, cell.low, cell.high, f"worst: {where}, {more}"))
-    return max(found, key=lambda cell: cell.value)
+    return highest(found)
 
 
 def _saved(rows: pl.DataFrame, dropped: float) -> Measured:

@@ -1,6 +1,7 @@
 """What an experiment is written with: trials, claims, statistics, timings and figures.
 
 Trial, Claim, Measured         what `run` yields, what the paper says, what the rows say
+lowest, highest, furthest      of several numbers the one that a claim about all of them is judged by
 NotEnoughRows                  raised by a claim's `measure` where the rows cannot answer
 mean_interval, median_interval, paired_difference, ratio_interval, standard_error
 auc, delong, select_best
@@ -10,6 +11,9 @@ new_figure                     a figure in the house style
 
 from experiments.lab.claims import Claim as Claim
 from experiments.lab.claims import Measured as Measured
+from experiments.lab.claims import furthest as furthest
+from experiments.lab.claims import highest as highest
+from experiments.lab.claims import lowest as lowest
 from experiments.lab.errors import NotEnoughRows as NotEnoughRows
 from experiments.lab.errors import UserError as UserError
 from experiments.lab.figures import new_figure as new_figure

@@ -1,7 +1,7 @@
 """A claim is a sentence of a paper, a number measured from rows, and a predicate on that number."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +27,37 @@ class Measured:
         bounds = (self.value, self.low, self.high)
         if not any(map(math.isnan, bounds)) and not self.low <= self.value <= self.high:
             raise ValueError(f"low <= value <= high must hold, got {self.low}, {self.value}, {self.high}")
+
+
+def _first(cells: Iterable[Measured], key: Callable[[Measured], Number]) -> Measured:
+    """The cell with the smallest key; one that is NaN, which says that something is amiss, before all others."""
+    found = list(cells)
+    if not found:
+        raise NotEnoughRows("no rows of any setting that the claim speaks of")
+    broken = [cell for cell in found if any(map(math.isnan, (cell.value, cell.low, cell.high)))]
+    return broken[0] if broken else min(found, key=key)
+
+
+def lowest(cells: Iterable[Measured]) -> Measured:
+    """The cell whose interval reaches lowest: what a claim must be judged by that puts every cell above a bound.
+
+    The cell with the lowest *value* would not do: the interval of another one, less certain, may cross the
+    bound that this one keeps. NaN comes before every number, so that a setting that failed is not passed over.
+
+    Raises:
+        NotEnoughRows: for no cell.
+    """
+    return _first(cells, lambda cell: cell.low)
+
+
+def highest(cells: Iterable[Measured]) -> Measured:
+    """The cell whose interval reaches highest, for a claim that puts every cell below a bound; see `lowest`."""
+    return _first(cells, lambda cell: -cell.high)
+
+
+def furthest(cells: Iterable[Measured]) -> Measured:
+    """The cell whose interval reaches furthest from 0, for a claim that every cell is near it; see `lowest`."""
+    return _first(cells, lambda cell: -max(abs(cell.low), abs(cell.high)))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """One self-contained page of results: claims, tables and figures, with nothing to fetch."""
 
-import base64
 import json
 import re
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
@@ -163,15 +163,20 @@ def draw(run: Run) -> Figure | None:
         return None
 
 
+_SAFE_IN_QUOTES = ' <>"/=:;,.()[]{}+-*?!@$|~\n'
+"""What browsers take as it is in a data URI between single quotes; not ``#`` and ``%``, nor what HTML reads."""
+
+
 def _figure(run: Run) -> str:
     figure = draw(run)
     if figure is None:
         return ""
     # An image, not inline SVG: no rule of the page and no id of another figure reaches into it.
-    data = base64.b64encode(figures.save(figure, "svg")).decode()
+    # Percent-encoded rather than base64: a quarter smaller, and version control can compress it.
+    data = urllib.parse.quote(figures.save(figure, "svg"), safe=_SAFE_IN_QUOTES)
     described = figures.describe(figure) or run.experiment.title
     alt = f"Figure of {run.experiment.name} at scale {run.scale}: {described}"
-    return f"<figure><img src='data:image/svg+xml;base64,{data}' alt='{_text(alt)}'></figure>"
+    return f"<figure><img src='data:image/svg+xml,{data}' alt='{_text(alt)}'></figure>"
 
 
 _CLAIM_COLUMNS = ["claim", "paper", "ours", "verdict"]

@@ -23,7 +23,16 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure, ratio_interval
+from experiments.lab import (
+    Claim,
+    Measured,
+    NotEnoughRows,
+    Trial,
+    highest,
+    mean_interval,
+    new_figure,
+    ratio_interval,
+)
 from experiments.lab import standard_error as error_of
 from experiments.optim import far_costs, far_training
 from experiments.optim.far_models import Recipe
@@ -198,7 +207,7 @@ def _falls(rows: pl.DataFrame) -> Measured:
             found.append(Measured(ratio, ratio, ratio, f"largest from {larger} to {smaller}"))
     if not found:
         raise NotEnoughRows("no bytes of any share")
-    return max(found, key=lambda one: one.value)
+    return highest(found)
 
 
 def _arrives(rows: pl.DataFrame, fewest: str = "far-0.1", none: str = "far-0") -> Measured:

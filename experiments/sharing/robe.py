@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from experiments.data import frappe, movielens_1m
 from experiments.data.clicks import ClickLog
 from experiments.data.planted import PlantedLog
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, new_figure, paired_difference
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, lowest, new_figure, paired_difference
 from experiments.sharing.click_models import embedding, train_and_score
 from hashml.sharing import block_map
 
@@ -199,10 +199,10 @@ def _worst_cell(rows: pl.DataFrame, a: str, b: str) -> Measured:
     for data, compression in rows.filter(pl.col("method") == "robe").select("data", "compression").unique().rows():
         chosen = _contenders(rows, data=data).filter(pl.col("compression") == compression)
         found = paired_difference(chosen, a, b, "auc", on=["seed"])
-        cells.append((found.value, Measured(found.value, found.low, found.high, f"worst: {data} at {compression}x")))
+        cells.append(Measured(found.value, found.low, found.high, f"worst: {data} at {compression}x"))
     if not cells:
         raise NotEnoughRows(f"no rows of {a}")
-    return min(cells, key=lambda cell: cell[0])[1]
+    return lowest(cells)
 
 
 def _deviation(rows: pl.DataFrame) -> Measured:

@@ -26,7 +26,16 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure, paired_difference
+from experiments.lab import (
+    Claim,
+    Measured,
+    NotEnoughRows,
+    Trial,
+    lowest,
+    mean_interval,
+    new_figure,
+    paired_difference,
+)
 from experiments.sharing.image_models import Outcome
 from experiments.sharing.stable_rps_contenders import (
     AT_INIT,
@@ -201,7 +210,7 @@ def _lead(rows: pl.DataFrame, methods: tuple[str, ...], data: str, compressions:
         cells.append(Measured(found.value, found.low, found.high, f"worst: {METHODS[rival]} at {compression}x"))
     if not cells:
         raise NotEnoughRows(f"no rows of {', '.join(methods)}")
-    return min(cells, key=lambda cell: cell.value)
+    return lowest(cells)
 
 
 def _spread(rows: pl.DataFrame, version: str) -> Measured:

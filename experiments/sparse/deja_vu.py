@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import polars as pl
 
 from experiments.kvcache import fixtures
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, ratio_interval
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, highest, lowest, mean_interval, ratio_interval
 from experiments.sparse.deja_vu_cells import HEADS, NEURONS, TOGETHER, Config, cells, measure
 from experiments.sparse.deja_vu_figure import figure as figure
 from experiments.sparse.deja_vu_figure import with_ratios
@@ -85,7 +85,7 @@ def _worst(rows: pl.DataFrame, a: tuple[str, float | int | None], b: tuple[str, 
         found.append(Measured(one.value, one.low, one.high, f"worst: {share:.0%} kept, {one.note}"))
     if not found:
         raise NotEnoughRows("no rows of neurons")
-    return max(found, key=lambda each: each.value)
+    return highest(found)
 
 
 def _heads(rows: pl.DataFrame, rival: str) -> Measured:
@@ -115,7 +115,7 @@ def _later_cosine(rows: pl.DataFrame) -> Measured:
         found.append(Measured(one.value, one.low, one.high, f"layer {layer}, {one.note}"))
     if not found:
         raise NotEnoughRows("one layer alone")
-    return min(found, key=lambda each: each.value)
+    return lowest(found)
 
 
 def _recall(rows: pl.DataFrame) -> Measured:

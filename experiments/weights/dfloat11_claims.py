@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import polars as pl
 
-from experiments.lab import Claim, Measured, NotEnoughRows, mean_interval, median_interval
+from experiments.lab import Claim, Measured, NotEnoughRows, highest, lowest, mean_interval, median_interval
 from experiments.weights.dfloat11_cells import BYTES, CODERS
 from experiments.weights.trained_weights import CONTROL, RANDOM_BITS
 
@@ -42,7 +42,7 @@ def _worst(rows: pl.DataFrame, number: pl.Expr) -> Measured:
             cells.append(Measured(found.value, found.low, found.high, f"worst: {model}, {found.note}"))
         else:
             cells.append(_counted(float(values[0]), f"worst: {model}, counted"))
-    return max(cells, key=lambda cell: cell.value)
+    return highest(cells)
 
 
 def _counted(value: float | int, note: str = "counted") -> Measured:
@@ -104,7 +104,7 @@ def speed(rows: pl.DataFrame, method: str = "native", dtype: str = "bfloat16") -
         found = median_interval(own["bytes"].to_numpy() / own["seconds"].to_numpy() / GB, "repetitions")
         busy = float(own["cores"][0])
         cells.append(Measured(found.value, found.low, found.high, f"{content}, {busy:.2f} cores, {found.note}"))
-    return min(cells, key=lambda cell: cell.value)
+    return lowest(cells)
 
 
 def passes(rows: pl.DataFrame, tokens: int, method: str) -> np.ndarray:

@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, highest, lowest, mean_interval, new_figure
 from experiments.weights.ecf8_cells import (
     CASTS,
     CODERS,
@@ -122,7 +122,7 @@ def _saved(rows: pl.DataFrame, cast: str) -> Measured:
             cells.append(Measured(found.value, found.low, found.high, f"least: {model}, {found.note}"))
         else:
             cells.append(_counted(float(saved[0]), f"least: {model}"))
-    return min(cells, key=lambda cell: cell.value)
+    return lowest(cells)
 
 
 def _saved_of_large(rows: pl.DataFrame) -> Measured:
@@ -177,7 +177,7 @@ def _worst_alpha(rows: pl.DataFrame, number: pl.Expr, below: float = math.inf) -
         if alpha < below:
             found = stable(rows, alpha, number)
             cells.append(Measured(found.value, found.low, found.high, f"highest: alpha {alpha}, {found.note}"))
-    return max(cells, key=lambda cell: cell.value)
+    return highest(cells)
 
 
 def _range_of_scales(rows: pl.DataFrame, dtype: str) -> Measured:

@@ -30,7 +30,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, highest, mean_interval, new_figure
 from experiments.weights.leanquant_cells import MINILM, TIMED, Config, cells, large, measure, timings
 from experiments.weights.trained_weights import minilm_file
 
@@ -110,19 +110,15 @@ def _interval(values: np.ndarray, model: str) -> Measured:
     return Measured(found.value, found.low, found.high, f"{model}, {found.note}")
 
 
-def _highest(cells: list[Measured]) -> Measured:
-    return max(cells, key=lambda cell: cell.high)
-
-
 def difference(rows: pl.DataFrame, a: str, b: str, bits: int) -> Measured:
     """Loss of a less that of b, on the decoder where its bound is highest."""
     pairs = _pair(rows, a, b, bits, "nll")
-    return _highest([_interval(both[:, 0] - both[:, 1], f"highest: {model}") for model, both in pairs.items()])
+    return highest([_interval(both[:, 0] - both[:, 1], f"highest: {model}") for model, both in pairs.items()])
 
 
 def ratio(rows: pl.DataFrame, a: str, b: str, bits: tuple[int, ...]) -> Measured:
     """Proxy loss of a over that of b, on the model and at the bits where its bound is highest."""
-    return _highest(
+    return highest(
         [
             _interval(both[:, 0] / both[:, 1], f"highest: {model}, {each} bits")
             for each in bits
@@ -149,7 +145,7 @@ def _gap_grows(rows: pl.DataFrame) -> Measured:
     for model in (model for model in at[0] if model in at[1]):
         three, two = (each[model][:, 0] - each[model][:, 1] for each in at)
         cells.append(_interval(three - two, f"highest: {model}"))
-    return _highest(cells)
+    return highest(cells)
 
 
 def _of_encoder(rows: pl.DataFrame, a: str, b: str, bits: int, number: str) -> Measured:

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.kvcache import fixtures
-from experiments.lab import Claim, Measured, NotEnoughRows, Trial, mean_interval, new_figure
+from experiments.lab import Claim, Measured, NotEnoughRows, Trial, lowest, mean_interval, new_figure
 from experiments.weights.prompt_recovery_cells import AWAY, FULL, HOME, Config, cells, scores
 from hashml.weights.prompt_recovery import recovered_fraction
 
@@ -95,7 +95,7 @@ def _least(found: dict[str, np.ndarray]) -> Measured:
     for name, values in found.items():
         measured = mean_interval(values, "models")
         cells.append(Measured(measured.value, measured.low, measured.high, f"least: {name}, {measured.note}"))
-    return min(cells, key=lambda cell: cell.value)
+    return lowest(cells)
 
 
 def fractions(rows: pl.DataFrame, model: str, **options: Any) -> np.ndarray:

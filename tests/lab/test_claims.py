@@ -5,7 +5,7 @@ import math
 import polars as pl
 import pytest
 
-from experiments.lab import Claim, Measured, NotEnoughRows
+from experiments.lab import Claim, Measured, NotEnoughRows, furthest, highest, lowest
 from experiments.lab.claims import judge
 
 ROWS = pl.DataFrame({"auc": [0.7, 0.8]})
@@ -52,3 +52,20 @@ def test_a_measure_may_find_too_few_rows():
 def test_an_interval_holds_its_value():
     with pytest.raises(ValueError, match="low <= value <= high must hold, got 0.8, 0.7, 0.9"):
         Measured(0.7, 0.8, 0.9)
+
+
+def test_of_several_cells_the_one_whose_bound_is_worst_is_judged():
+    certain, unsure = Measured(0.1, 0.09, 0.11), Measured(0.3, -0.2, 0.8)
+    assert lowest([certain, unsure]) is unsure  # though its value is the higher
+    assert highest([unsure, Measured(0.4, 0.39, 0.41)]) is unsure
+    assert furthest([Measured(-0.2, -0.9, 0.5), unsure]).value == -0.2
+    assert lowest([certain, certain]) is certain
+
+
+def test_a_cell_that_is_nan_is_not_passed_over():
+    broken, bounded = Measured(math.nan, math.nan, math.nan), Measured(-1.0, -2.0, 1.0)
+    for choose in (lowest, highest, furthest):
+        for cells in ([broken, bounded], [bounded, broken]):
+            assert choose(cells) is broken
+        with pytest.raises(NotEnoughRows):
+            choose([])
