@@ -8,8 +8,7 @@ codec behind it, it keeps as many tokens as without, in fewer bytes. All share t
 that never leave, except where these are the method: StreamingLLM, and KIVI, whose blocks gather in its window.
 
 In the protocol ``prompt`` a budget is of the prompt, and all have room beyond it for the tokens that follow, since
-SnapKV never drops these. AdaKV's budgets bind them too, so that it fills the room with the prompt at first and drops
-the lowest score when a token comes.
+SnapKV never drops these.
 """
 
 import bisect
@@ -17,7 +16,7 @@ import dataclasses
 from collections.abc import Callable
 
 from experiments.kvcache.harness import row_bytes
-from hashml.kvcache.ada_kv import AdaKV
+from hashml.kvcache.ada_kv import AdaKV, ada_pages
 from hashml.kvcache.contract import Policy
 from hashml.kvcache.controls import KeyNorm, RandomEviction
 from hashml.kvcache.corm import Corm
@@ -33,7 +32,7 @@ from hashml.kvcache.tova import TOVA
 from hashml.models.decoder import DecoderConfig, decoder_model
 
 STREAMING_SINKS = 4
-_PAGE = 8
+_PAGE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _evicting(policy: str, setting: Setting, budget: int) -> tuple[LayerSpec, ..
     layers = _largest(lambda size: (dataclasses.replace(base, slots=size),) * count, setting, allowed)
     slots = layers[0].slots
     if policy == "adakv":
-        return _ada(layers[0], setting, slots + room)
+        return _ada(layers[0], setting, slots, room)
     kept = pyramid_budgets(count, slots, least=max(1, setting.sinks)) if policy == "pyramidkv" else (slots,) * count
     return tuple(
         dataclasses.replace(layer, slots=size + room, prompt_slots=size if setting.prompt else None)
@@ -160,15 +159,17 @@ def _largest(
                      f"more than the {allowed:.0f} bytes of its budget")  # fmt: skip
 
 
-def _ada(base: LayerSpec, setting: Setting, mean: int) -> tuple[LayerSpec, ...]:
-    """AdaKV in as many bytes as ``mean`` slots a head would take, in a pool of pages that the heads share."""
+def _ada(base: LayerSpec, setting: Setting, mean: int, room: int) -> tuple[LayerSpec, ...]:
+    """AdaKV in as many bytes as ``mean`` slots a head and ``room`` for later tokens would take, in a pool of pages
+    that the heads share."""
     model, count = decoder_model(setting.decoder), setting.decoder.layers
-    allowed = row_bytes(model, (dataclasses.replace(base, slots=mean),) * count).total
+    allowed = row_bytes(model, (dataclasses.replace(base, slots=mean + room),) * count).total
 
     def make(size: int) -> tuple[LayerSpec, ...]:
-        shared = AdaKV(queries=setting.window, base=size)
-        most = -(-2 * size // _PAGE) * _PAGE
-        pages = base.kv_heads * -(-(size + _PAGE) // _PAGE)
+        shared = AdaKV(queries=setting.window, base=size, later=room)
+        # Twice the mean for a head that needs it.
+        most = -(-(2 * size + room) // _PAGE) * _PAGE
+        pages = ada_pages(base.kv_heads, size, room, _PAGE)
         return (dataclasses.replace(base, policy=shared, slots=most, page_size=_PAGE, pages=pages),) * count
 
     return _largest(make, setting, allowed)

@@ -6,11 +6,13 @@ Some heads look at few tokens, others everywhere. Of a layer with H heads and ``
     cap[h] = round((1 - floor) count[h] + int(floor c))
 
 and each head keeps that many of its own best, by SnapKV's scores, beside the window. ``floor`` = 1 gives equal
-budgets, hence SnapKV; 0 keeps the largest sum of scores that a layer can. Caps are found once, after the prompt, and
-then hold: slots beyond a head's cap stay empty, so that memory is saved only where the layout has pages.
+budgets, hence SnapKV; 0 keeps the largest sum of scores that a layer can. Caps are found once, from the prompt.
+Tokens that come later get ``later`` slots more in every head, and none of the prompt's leaves for them until these
+are full; slots beyond both stay empty, so that memory is saved only where the layout has pages.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -44,6 +46,19 @@ def ada_budgets(scores: Float[Array, "B H T"], base: int, floor: float | int) ->
     return jnp.round((1 - floor) * count + int(floor * base)).astype(jnp.int32)
 
 
+def ada_pages(heads: int, base: int, later: int, page_size: int) -> int:
+    """Pages of a row that are enough however `ada_budgets` splits them: each head's last page may be a part of one.
+
+    Args:
+        heads: H.
+        base: c, tokens that a head keeps on average.
+        later: slots of every head for tokens after the prompt.
+        page_size: tokens of a page.
+    """
+    # A budget is rounded up by half a token at most.
+    return math.ceil(heads * (base + 0.5 + later + page_size - 1) / page_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaKV(SnapKV):
     """SnapKV with a budget for each head.
@@ -51,6 +66,7 @@ class AdaKV(SnapKV):
     Attributes:
         base: c, main slots that a head has on average; the layer's ``slots`` bound what one can get.
         floor: share of it that every head has.
+        later: main slots of every head beyond its budget, for tokens that come after the prompt.
         queries, kernel, pooling: as in `SnapKV`.
 
     Raises:
@@ -59,6 +75,7 @@ class AdaKV(SnapKV):
 
     base: int = dataclasses.field(kw_only=True)
     floor: float | int = dataclasses.field(default=0.5, kw_only=True)
+    later: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,19 +83,22 @@ class AdaKV(SnapKV):
             raise ValueError(f"base is {self.base}; it must be at least 1")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor is {self.floor}; it must be between 0 and 1")
+        if self.later < 0:
+            raise ValueError(f"later is {self.later}; it must be at least 0 slots")
 
     def check(self, spec: LayerSpec) -> None:
-        if spec.slots < self.base:
-            raise ValueError(f"slots is {spec.slots}; it must be at least base, {self.base}, the mean over heads")
+        if spec.slots < self.base + self.later:
+            raise ValueError(f"slots is {spec.slots}; it must be at least base, {self.base}, the mean over heads, "
+                             f"and later, {self.later}, together")  # fmt: skip
         if spec.granularity > 1:
             raise ValueError(
                 f"slots share scales by {spec.granularity}; budgets of heads need codecs where they do not"
             )
 
     def caps(self, spec: LayerSpec, score: Float[Array, "B H T"], pos: Int32[Array, "B T"]) -> Int32[Array, "B H"]:
-        """Main slots that each head may use, from the scores of a prompt's tokens at ``pos`` (-1 for padding)."""
+        """Main slots that a prompt may fill in each head, from its tokens' scores at ``pos`` (-1 for padding)."""
         # Sinks are kept everywhere, and the window's tokens are no main slots' concern.
         score = jnp.where((pos < spec.sinks)[:, None], jnp.inf, score)
         main = (pos >= 0) & ~newest(pos, spec.window)
         budgets = ada_budgets(jnp.where(main[:, None], score, -jnp.inf), self.base, self.floor)
-        return jnp.clip(budgets, max(spec.sinks, spec.flush, 1), spec.slots)
+        return jnp.clip(budgets, max(spec.sinks, spec.flush, 1), spec.slots - self.later)

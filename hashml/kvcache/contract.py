@@ -240,6 +240,22 @@ class Policy(Protocol):
         return 0
 
 
+@runtime_checkable
+class HeadBudgets(Protocol):
+    """A policy that gives heads budgets of their own after a prompt (AdaKV).
+
+    Attributes:
+        later: main slots of every head beyond its budget, for the tokens that come after the prompt.
+    """
+
+    @property
+    def later(self) -> int: ...
+
+    def caps(self, spec: "LayerSpec", score: Float[Array, "B H T"], pos: Int32[Array, "B T"]) -> Int32[Array, "B H"]:
+        """Main slots that a prompt may fill in each head, from its tokens' scores at ``pos`` (-1 for padding)."""
+        ...
+
+
 def masked_softmax(logits: Float[Array, "*n N"], valid: Bool[Array, "*#m N"]) -> Float[Array, "*n N"]:
     """Softmax over the valid entries of the last axis, in float32: 0 at the others, and where none is valid."""
     x = jnp.where(valid, logits.astype(jnp.float32), MASKED)

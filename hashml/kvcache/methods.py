@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from hashml.kvcache.ada_kv import AdaKV
+from hashml.kvcache.ada_kv import AdaKV, ada_pages
 from hashml.kvcache.calibration import Progress, calibrate_coupled, calibrate_nonuniform
 from hashml.kvcache.contract import Codec, Policy
 from hashml.kvcache.controls import KeyNorm, RandomEviction
@@ -102,7 +102,7 @@ def cache_layers(
     if policy == "adakv":
         # Twice the mean for a head that needs it; pages of the pool are only as many as the mean.
         most = -(-2 * slots // _PAGE) * _PAGE
-        pages = config.kv_heads * -(-(slots + _PAGE) // _PAGE)
+        pages = ada_pages(config.kv_heads, slots, 0, _PAGE)
         shared = AdaKV(queries=window, base=slots)
         base = dataclasses.replace(base, policy=shared, slots=most, page_size=_PAGE, pages=pages)
     return (base,) * config.layers

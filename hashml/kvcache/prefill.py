@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from hashml.kvcache.contract import MASKED, Attention, PrefillStatistics, masked_softmax, over_queries
+from hashml.kvcache.contract import MASKED, Attention, HeadBudgets, PrefillStatistics, masked_softmax, over_queries
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.state import LayerCache, LayerTables, init_layer
 from hashml.kvcache.store import encode, write
@@ -76,18 +76,19 @@ def _chosen(
     heads = spec.head_pos
     line = jnp.broadcast_to(jnp.take_along_axis(pos, early, axis=1)[:, None], (pos.shape[0], heads, early.shape[1]))
     places = jnp.broadcast_to(early[:, None], line.shape)
-    if hasattr(spec.policy, "caps"):
-        caps = jnp.minimum(spec.policy.caps(spec, scores, pos), spec.slots)  # pyright: ignore[reportAttributeAccessIssue]
-        layer = layer._replace(caps=caps.astype(jnp.int32))
+    budgets = None
+    if isinstance(spec.policy, HeadBudgets):
+        budgets = spec.policy.caps(spec, scores, pos).astype(jnp.int32)
+        layer = layer._replace(caps=jnp.minimum(budgets + spec.policy.later, spec.slots))
     count = min(spec.slots if spec.prompt_slots is None else spec.prompt_slots, early.shape[1])
-    if early.shape[1] > count or layer.caps is not None:
+    if early.shape[1] > count or budgets is not None:
         ranked = jnp.take_along_axis(jnp.broadcast_to(scores, (*line.shape[:2], pos.shape[1])), places, axis=2)
         ranked = jnp.clip(jnp.nan_to_num(ranked, nan=-2e38), -2e38, 2e38)
         ranked = jnp.where(line < spec.sinks, 3e38, ranked)
         best = jax.lax.top_k(jnp.where(line < 0, -jnp.inf, ranked), count)[1]
         line, places = (jnp.take_along_axis(x, best, axis=2) for x in (line, places))
-        if layer.caps is not None:
-            line = jnp.where(jnp.arange(count) < layer.caps[:, :, None], line, -1)
+        if budgets is not None:
+            line = jnp.where(jnp.arange(count) < budgets[:, :, None], line, -1)
     by_age = jnp.argsort(jnp.where(line < 0, jnp.iinfo(jnp.int32).max, line), axis=2, stable=True)
     line, places = (jnp.take_along_axis(x, by_age, axis=2) for x in (line, places))
     short = -count % spec.granularity

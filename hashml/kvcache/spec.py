@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from hashml.kvcache.contract import Codec, Policy
+from hashml.kvcache.contract import Codec, HeadBudgets, Policy
 from hashml.models.rotary import Rotary
 
 Rope = Literal["none", "write", "read", "slot"]
@@ -146,7 +146,7 @@ class LayerSpec:
     @property
     def caps(self) -> bool:
         """Whether heads have budgets of their own."""
-        return hasattr(self.policy, "caps")
+        return isinstance(self.policy, HeadBudgets)
 
     @property
     def capacity(self) -> int:

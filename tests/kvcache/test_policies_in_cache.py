@@ -377,6 +377,24 @@ def test_a_floor_of_one_is_snapkv_and_smaller_floors_keep_within_caps():
     assert (sizes[-1, 1] == 4).all()
 
 
+def test_later_tokens_have_slots_of_their_own_in_adakv():
+    """A prompt's tokens stay until as many tokens as ``later`` says have come, and leave one by one after that."""
+    later, window = 5, 4
+    found = decode(layer_spec(AdaKV(queries=4, kernel=3, base=2, floor=0, later=later), slots=12))
+    for row in range(2):
+        before = max(0, PROMPTS[row] - window)  # what was no window's at first
+        room = later + (0 if before else 2)  # the short prompt leaves its budget, too
+        for head in range(H):
+            first = {p for p in found.first[row, head, :12] if p >= 0}
+            for step in range(STEPS):
+                main = {p for p in found.pos[step, row, head, :12] if p >= 0}
+                came = max(0, PROMPTS[row] + step + 1 - window) - before  # have left the window since
+                lost = len(first - main)
+                assert lost == min(len(first), max(0, came - room))
+                assert len(main) == len(first) + min(came, room)
+        assert sum((found.first[row, h, :12] >= 0).sum() for h in range(H)) == min(2 * H, before * H)
+
+
 def test_random_eviction_keeps_a_uniform_sample_of_the_past():
     """Every token that has left the window is kept with the same chance, in standard errors over 120 heads."""
     batch = 60

@@ -241,3 +241,15 @@ def test_caps_are_budgets_of_what_competes_for_main_slots():
 def test_bad_budgets_are_named(base, floor, message):
     with pytest.raises(ValueError, match=message):
         ada_budgets(jnp.zeros((1, 1, 4)), base, floor)
+
+
+def test_slots_for_later_tokens_lie_beyond_budgets():
+    spec = layer_spec(AdaKV(queries=2, base=4, floor=0, later=3), slots=9, window=3)
+    score, pos = scores_of(5), np.tile(np.arange(30, dtype=np.int32), (2, 1))
+    bare = layer_spec(AdaKV(queries=2, base=4, floor=0), slots=6, window=3)
+    found, expected = (each.policy.caps(each, jnp.asarray(score), jnp.asarray(pos)) for each in (spec, bare))
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="later is -1; it must be at least 0 slots"):
+        AdaKV(base=4, later=-1)
+    with pytest.raises(ValueError, match="slots is 9; it must be at least base, 4, .*and later, 6, together"):
+        layer_spec(AdaKV(queries=2, base=4, later=6), slots=9, window=3)

@@ -11,7 +11,7 @@ from experiments.kvcache import harness, recall
 from experiments.kvcache.contenders import POLICIES, Setting, contender
 from experiments.kvcache.language_models import next_token_nll
 from hashml.accounting import stored_bytes
-from hashml.kvcache.serving import no_tables
+from hashml.kvcache.serving import decode_step, no_tables, prefill
 from hashml.kvcache.state import init
 from hashml.models.decoder import DecoderConfig, decoder_model, forward, init_params
 
@@ -103,6 +103,24 @@ def test_prompts_have_room_and_relatives_of_snapkv_equal_bytes():
     assert sum(layer.slots for layer in pyramid) == sum(layer.slots for layer in snap)
     sizes = [harness.row_bytes(model, layers).total for layers in (snap, pyramid, ada)]
     assert sizes[0] == sizes[1] >= sizes[2] > 0.85 * sizes[0]
+
+
+@pytest.mark.parametrize("name", ["window", "random", "h2o", "snapkv", "pyramidkv", "adakv", "snapkv+think:0.4"])
+def test_a_compressed_prompt_is_compressed(name):
+    """Every method holds half of the prompt's tokens at most, and what follows drives none of them out."""
+    setting = Setting(recall.RECALL.decoder, 96, 6, queries=16, prompt=80)
+    model, config = decoder_model(setting.decoder), setting.decoder
+    spec = harness.batch_spec(contender(name, setting, 2), 3)
+    tables = no_tables(spec)
+    params = init_params(jax.random.key(0), config)
+    tokens = jnp.asarray(recall.held_out(3).tokens)
+    pos = jnp.broadcast_to(jnp.arange(80, dtype=jnp.int32), (3, 80))
+    _, cache = prefill(model, spec, tables, params, tokens[:, :80], pos, jax.random.key(1))
+    held = harness.tokens_kept(cache)
+    assert 20 < held <= 40
+    for place in range(80, 96):
+        _, cache = decode_step(model, spec, tables, params, cache, tokens[:, place])
+    np.testing.assert_allclose(harness.tokens_kept(cache), held + 16)
 
 
 def test_compositions_keep_as_many_tokens_in_fewer_bytes():
