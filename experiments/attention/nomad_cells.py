@@ -190,7 +190,7 @@ def scores(size: fixtures.Size, cell: Cell, seeds: int) -> list[dict[str, float 
     ]
     key_bytes = key_bytes_of(layers[0])
     rows = []
-    for (scored, _), (_, targets, places) in zip(harness.decode_all(model, layers, models), fed, strict=True):
+    for scored, (_, targets, places) in zip(harness.decode_all(model, layers, models), fed, strict=True):
         rows.append(
             {
                 "nll": None if places else harness.second_half_nll(scored, targets),

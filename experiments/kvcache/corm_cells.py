@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from experiments.kvcache import fixtures, harness, recall
 from experiments.kvcache.attention_rows import held_out_rows
 from experiments.kvcache.contenders import Setting, contender
-from experiments.kvcache.fixtures import DEFAULT, Size
+from experiments.kvcache.fixtures import DEFAULT, Size, Trained
 from experiments.kvcache.token_budgets import follow, in_bytes, in_tokens, row_bytes
 from hashml.kvcache.corm import Corm
 from hashml.kvcache.persistence import adjacent_cosine, vote_overlap
@@ -22,28 +22,30 @@ from hashml.kvcache.window_vote import at_least_mean
 from hashml.models.decoder import decoder_model
 
 AnyArray = Array | np.ndarray
+SCORES = ("nll", "rehearsed", "unrehearsed", "accuracy", "tokens_kept")
+"""What rows have of `fixtures.row_of`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Trained):
     """The defaults are those of the claims."""
 
     models: tuple[str, ...] = ("f1", "recall")
     widths: tuple[int, ...] = (8, 16, 32, 64)
-    """w = r of the language model's caches."""
+    """w = r of the language model's caches without a budget."""
+    recall_widths: tuple[int, ...] = (4, 8, 16, 32)
+    """w = r of the recall model's."""
     overlaps: tuple[int, ...] = (4, 8, 16, 32)
     """w of the overlap of votes."""
     recall_budgets: tuple[int, ...] = (2, 3)
     """Tokens of a sequence over those that are kept."""
     rivals: tuple[str, ...] = ("h2o", "random", "window")
-    seeds: int = 3
-    """Of each model."""
     size: Size = DEFAULT
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A cache: of a language model, of ``width`` w = r, or of recall, of a ``budget``; None for both where all tokens
+    """A cache: without a budget, of ``width`` w = r, or of recall, of a ``budget``; None for both where all tokens
     stay."""
 
     fixture: str
@@ -55,9 +57,10 @@ class Cell:
 def cells(config: Config) -> list[Cell]:
     """All caches; every one is a program of its own."""
     found = []
-    if "f1" in config.models:
-        found.append(Cell("f1", "full"))
-        found += [Cell("f1", name, width) for width in config.widths for name in ("corm", *config.rivals)]
+    for fixture in config.models:
+        widths = config.recall_widths if fixture == "recall" else config.widths
+        found.append(Cell(fixture, "full"))
+        found += [Cell(fixture, name, width) for width in widths for name in ("corm", *config.rivals)]
     if "recall" in config.models:
         budgets = config.recall_budgets
         found += [Cell("recall", name, None, budget) for budget in budgets for name in ("corm", *config.rivals)]
@@ -109,7 +112,7 @@ def share_of_keys(probs: Float[AnyArray, "B H T T"], queries: int) -> Float[Arra
 def scores(config: Config, cell: Cell) -> list[dict[str, Any]]:
     """All seeds of a cell, which share a program."""
     if cell.method == "corm" and cell.width is not None:
-        return unlimited(config, cell.width)
+        return unlimited(config, cell.fixture, cell.width)
     return _fixed(config, cell)
 
 
@@ -117,13 +120,12 @@ def scores(config: Config, cell: Cell) -> list[dict[str, Any]]:
 def _fixed(config: Config, cell: Cell) -> list[dict[str, Any]]:
     """A cache of fixed size."""
     setting, layers = _setting(config, cell.fixture, cell.width), layers_of(config, cell)
-    first = recall.QUESTIONS if cell.fixture == "recall" else setting.tokens // 2
+    first = _first(setting, cell.fixture)
     found = []
-    for row in fixtures.scores(config.size, cell.fixture, "decode", layers, config.seeds):
-        names = ("nll", "rehearsed", "unrehearsed", "accuracy", "tokens_kept")
-        shares = _shares(setting, layers, float(row["tokens_kept"] or 0), first)
+    for row in fixtures.scores(config.size, cell.fixture, "decode", layers, config.trained(cell.fixture)):
+        shares = _shares(setting, layers, cast(float, row["tokens_kept"]), first)
         peak = min(layers[0].capacity, setting.tokens) / setting.tokens
-        found.append({name: row[name] for name in names} | shares | {"peak_share": peak})
+        found.append({name: row[name] for name in SCORES} | shares | {"peak_share": peak})
     return found
 
 
@@ -132,7 +134,7 @@ def layers_of(config: Config, cell: Cell) -> tuple[LayerSpec, ...]:
     CORM with one."""
     setting = _setting(config, cell.fixture, cell.width)
     if cell.width is not None:
-        mean = float(np.mean([row["kept_bytes"] for row in unlimited(config, cell.width)]))
+        mean = float(np.mean([row["kept_bytes"] for row in unlimited(config, cell.fixture, cell.width)]))
         return in_bytes(cell.method, setting, mean, round_up=True)
     if cell.budget is None:
         return contender("full", setting)
@@ -141,29 +143,29 @@ def layers_of(config: Config, cell: Cell) -> tuple[LayerSpec, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def unlimited(config: Config, width: int) -> list[dict[str, Any]]:
-    """CORM without a budget, w = r = ``width``, on the language models."""
-    setting = _setting(config, "f1", width)
+def unlimited(config: Config, fixture: str, width: int) -> list[dict[str, Any]]:
+    """CORM without a budget, w = r = ``width``."""
+    setting = _setting(config, fixture, width)
     model = decoder_model(setting.decoder)
     layers = in_tokens("corm", setting, setting.tokens, Corm(queries=width))
-    tokens, targets, _ = fixtures.texts(config.size, "f1")
-    fed, half = (jnp.asarray(tokens), jnp.asarray(targets)), setting.tokens // 2
+    tokens, targets, _ = fixtures.texts(config.size, fixture)
+    fed, first = (jnp.asarray(tokens), jnp.asarray(targets)), _first(setting, fixture)
     found = []
-    for seed in range(config.seeds):
-        params = fixtures.params(config.size, "f1", seed)
+    for seed in range(config.trained(fixture)):
+        params = fixtures.params(config.size, fixture, seed)
         kept = follow(model, batch_spec(layers, len(tokens)), params, *fed, jax.random.key(seed))
         scored = harness.Scores(kept.nll, kept.correct, kept.held.mean(axis=(1, 2, 3)))
-        mean = float(kept.held[half:].mean())
-        found.append(
-            {
-                "nll": harness.second_half_nll(scored, targets),
-                **dict.fromkeys(("rehearsed", "unrehearsed", "accuracy")),
-                "tokens_kept": mean,
-                **_shares(setting, layers, mean, half),
-                "peak_share": float(kept.held.max()) / setting.tokens,
-            }
-        )
+        one = harness.Model(params, (), jax.random.key(seed), tokens, targets)
+        row = fixtures.row_of(config.size, fixture, "decode", layers, seed, one, scored)
+        shares = _shares(setting, layers, cast(float, row["tokens_kept"]), first)
+        peak = {"peak_share": float(kept.held.max()) / setting.tokens}
+        found.append({name: row[name] for name in SCORES} | shares | peak)
     return found
+
+
+def _first(setting: Setting, fixture: str) -> int:
+    """The first of the tokens that count."""
+    return recall.QUESTIONS if fixture == "recall" else setting.tokens // 2
 
 
 def _setting(config: Config, fixture: str, width: int | None) -> Setting:

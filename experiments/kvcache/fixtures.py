@@ -112,7 +112,7 @@ def told(key: int, rows: int, length: int) -> Int32[np.ndarray, "{rows} {length}
     return np.array([[stories.BOS, *row] for row in said], np.int32)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def texts(size: Size, fixture: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Tokens, targets, and the places of a recall model's questions; ``seed`` is for ``stories`` alone."""
     if fixture == "stories":
@@ -168,43 +168,70 @@ def tables(
 # --- the measurement ----------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """How many models of a kind an experiment measures on; the same ones for all of its caches."""
+
+    seeds: int = 3
+    """Language models, each minutes of training, and samples of stories."""
+    recall_seeds: int = 8
+    """Recall models: half a minute each, and no two forget alike."""
+
+    def trained(self, fixture: str) -> int:
+        """Models of a kind."""
+        return self.recall_seeds if fixture == "recall" else self.seeds
+
+
+def fed_models(
+    size: Size, fixture: str, layers: Sequence[LayerSpec], seeds: int, *, fisher: bool = True
+) -> list[harness.Model]:
+    """The models of seeds 0 to ``seeds - 1`` with what the codecs of a cache learn, and what they are fed."""
+    found = []
+    for seed in range(seeds):
+        tokens, targets, _ = texts(size, fixture, seed)
+        learned = tables(size, fixture, seed, codecs_of(layers[0]), fisher=fisher)
+        found.append(harness.Model(params(size, fixture, seed), learned, jax.random.key(seed), tokens, targets))
+    return found
+
+
 def scores(
     size: Size, fixture: str, protocol: Protocol, layers: Sequence[LayerSpec], seeds: int, *, fisher: bool = True
 ) -> list[dict[str, float | int | None]]:
     """What a cache scores on the models of seeds 0 to ``seeds - 1``, which share a program: loss of a language model
     (``nll``), or accuracies of a recall model and the loss of its answers (``answer_nll``), bytes a token of the
-    cache and of its tables, tokens kept, speed. ``fisher`` is of `tables`."""
+    cache and of its tables, tokens kept. ``fisher`` is of `tables`."""
     common = setting(size, fixture, protocol)
     model = decoder_model(common.decoder)
-    fed = [texts(size, fixture, seed) for seed in range(seeds)]
-    models = [
-        harness.Model(
-            params(size, fixture, seed),
-            tables(size, fixture, seed, codecs_of(layers[0]), fisher=fisher),
-            jax.random.key(seed),
-            tokens,
-            targets,
-        )
-        for seed, (tokens, targets, _) in enumerate(fed)
+    models = fed_models(size, fixture, layers, seeds, fisher=fisher)
+    scored = harness.decode_all(model, layers, models, prompt=common.prompt)
+    return [
+        row_of(size, fixture, protocol, layers, seed, one, found)
+        for seed, (one, found) in enumerate(zip(models, scored, strict=True))
     ]
-    per_token = harness.row_bytes(model, layers).total / common.tokens
-    found = []
-    scored_all = harness.decode_all(model, layers, models, prompt=common.prompt)
-    for each, (_, targets, places), (scored, seconds) in zip(models, fed, scored_all, strict=True):
-        row: dict[str, float | int | None] = {name: harness.share_correct(scored, at) for name, at in places.items()}
-        counted = np.arange(common.tokens) >= (recall.QUESTIONS if places else common.tokens // 2)
-        found.append(
-            {
-                "nll": None if places else harness.second_half_nll(scored, targets),
-                **(row or dict.fromkeys(("rehearsed", "unrehearsed", "accuracy"))),
-                "answer_nll": float(np.asarray(scored.nll)[places["accuracy"]].mean()) if places else None,
-                "bytes_per_token": per_token,
-                "table_bytes": stored_bytes(each.tables),
-                "tokens_kept": float(np.asarray(scored.kept)[counted].mean()),
-                "tokens_per_second": targets.shape[0] * (common.tokens - common.prompt) / seconds,
-            }
-        )
-    return found
+
+
+def row_of(
+    size: Size,
+    fixture: str,
+    protocol: Protocol,
+    layers: Sequence[LayerSpec],
+    seed: int,
+    one: harness.Model,
+    scored: harness.Scores,
+) -> dict[str, float | int | None]:
+    """The numbers of `scores` for one model."""
+    common = setting(size, fixture, protocol)
+    places = texts(size, fixture, seed)[2]
+    row: dict[str, float | int | None] = {name: harness.share_correct(scored, at) for name, at in places.items()}
+    counted = np.arange(common.tokens) >= (recall.QUESTIONS if places else common.tokens // 2)
+    return {
+        "nll": None if places else harness.second_half_nll(scored, one.targets),
+        **(row or dict.fromkeys(("rehearsed", "unrehearsed", "accuracy"))),
+        "answer_nll": float(np.asarray(scored.nll)[places["accuracy"]].mean()) if places else None,
+        "bytes_per_token": harness.row_bytes(decoder_model(common.decoder), layers).total / common.tokens,
+        "table_bytes": stored_bytes(one.tables),
+        "tokens_kept": float(np.asarray(scored.kept)[counted].mean()),
+    }
 
 
 def codecs_of(layer: LayerSpec) -> tuple[Codec, Codec]:

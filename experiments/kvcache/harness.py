@@ -10,8 +10,7 @@ compiled once for a method and run for every model.
 """
 
 import functools
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,31 +122,40 @@ class Model(NamedTuple):
     targets: Int32[np.ndarray, "B T"]
 
 
+def compile_decode(
+    model: DecoderModel, layers: Sequence[LayerSpec], like: Model, *, prompt: int = 0
+) -> Callable[[Model], Scores]:
+    """`teacher_forced` as one program, for all models whose shapes are those of ``like``.
+
+    Args:
+        model: the decoder's pieces.
+        layers: of the cache.
+        like: any of the models.
+        prompt: as in `teacher_forced`.
+    """
+    spec = batch_spec(layers, len(like.tokens))
+    program = teacher_forced.lower(
+        model, spec, like.tables, like.params, like.tokens, like.targets, like.key, prompt=prompt
+    ).compile()
+
+    def run(one: Model) -> Scores:
+        fed = (jnp.asarray(one.tokens), jnp.asarray(one.targets))
+        return Scores(*program(one.tables, one.params, *fed, one.key))
+
+    return run
+
+
 def decode_all(
     model: DecoderModel,
     layers: Sequence[LayerSpec],
     models: Sequence[Model],
     *,
     prompt: int = 0,
-) -> Iterator[tuple[Scores, float]]:
-    """`teacher_forced` of each of the models, and the seconds it took; one program for all.
-
-    Args:
-        model: the decoder's pieces.
-        layers: of the cache.
-        models: what differs, of equal shapes.
-        prompt: as in `teacher_forced`.
-    """
-    first = models[0]
-    spec = batch_spec(layers, len(first.tokens))
-    program = teacher_forced.lower(
-        model, spec, first.tables, first.params, first.tokens, first.targets, first.key, prompt=prompt
-    ).compile()
-    for each in models:
-        fed = (jnp.asarray(each.tokens), jnp.asarray(each.targets))
-        start = time.perf_counter()
-        found = jax.block_until_ready(program(each.tables, each.params, *fed, each.key))
-        yield Scores(*(jnp.asarray(x) for x in found)), time.perf_counter() - start
+) -> Iterator[Scores]:
+    """`teacher_forced` of each of the models, by one program; arguments as in `compile_decode`."""
+    run = compile_decode(model, layers, models[0], prompt=prompt)
+    for one in models:
+        yield jax.block_until_ready(run(one))
 
 
 def next_tokens(tokens: Int32[np.ndarray, "B T"]) -> Int32[np.ndarray, "B T"]:

@@ -61,7 +61,7 @@ class Config:
     """Parts of a sequence's tokens."""
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     """Of a query's keys, those with most attention."""
-    noises: int = 3
+    noises: int = 5
     """Noise seeds on each model."""
     seeds: int = 3
     """Of each model."""
@@ -178,7 +178,7 @@ def scores(config: Config, cell: Cell) -> dict[tuple[int, int], dict[str, float 
         for seed, noise in pairs
     ]
     found = {}
-    for pair, (scored, _) in zip(pairs, harness.decode_all(model, layers, models), strict=True):
+    for pair, scored in zip(pairs, harness.decode_all(model, layers, models), strict=True):
         row: dict[str, float | int | None] = {name: harness.share_correct(scored, at) for name, at in places.items()}
         found[pair] = {
             "nll": None if places else harness.second_half_nll(scored, targets),

@@ -51,26 +51,31 @@ SYSTEM = "hashml.kvcache.scissorhands"
 
 SCALES = {
     "tiny": Config(text_budgets=(2,), recall_budgets=(), rivals=("random",), histories=(), seeds=2,
-                   size=fixtures.TINY),
+                   recall_seeds=2, size=fixtures.TINY),
     "default": Config(),
     "paper": Config(seeds=5, size=fixtures.PAPER),
 }  # fmt: skip
 
 
 def run(config: Config) -> Iterator[Trial]:
-    for fixture, seed in itertools.product(_fixtures(config), range(config.seeds)):
-        for layer in range(fixtures.setting(config.size, fixture, "decode").decoder.layers):
+    for fixture in _fixtures(config):
+        for seed, layer in itertools.product(range(config.trained(fixture)), range(_depth(config, fixture))):
             key = {**dataclasses.asdict(Cell("persistence", fixture, "full")), "layer": layer, "seed": seed}
             yield Trial(key, functools.partial(persistence, config, fixture, layer, seed))
-    for cell, seed in itertools.product(cells(config), range(config.seeds)):
-        key = {**dataclasses.asdict(cell), "layer": None, "seed": seed}
-        yield Trial(key, functools.partial(_seed, config, cell, seed))
+    for cell in cells(config):
+        for seed in range(config.trained(cell.fixture)):
+            key = {**dataclasses.asdict(cell), "layer": None, "seed": seed}
+            yield Trial(key, functools.partial(_seed, config, cell, seed))
 
 
 def count(config: Config) -> int:
     """Trials of a run, for the progress bar."""
-    layers = sum(fixtures.setting(config.size, name, "decode").decoder.layers for name in _fixtures(config))
-    return config.seeds * (layers + len(cells(config)))
+    layers = sum(_depth(config, name) * config.trained(name) for name in _fixtures(config))
+    return layers + sum(config.trained(cell.fixture) for cell in cells(config))
+
+
+def _depth(config: Config, fixture: str) -> int:
+    return fixtures.setting(config.size, fixture, "decode").decoder.layers
 
 
 def _fixtures(config: Config) -> tuple[str, ...]:

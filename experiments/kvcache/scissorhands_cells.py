@@ -10,7 +10,7 @@ import numpy as np
 from experiments.kvcache import fixtures, recall
 from experiments.kvcache.attention_rows import held_out_rows
 from experiments.kvcache.contenders import contender
-from experiments.kvcache.fixtures import DEFAULT, Size
+from experiments.kvcache.fixtures import DEFAULT, Size, Trained
 from experiments.kvcache.token_budgets import follow, in_bytes, in_tokens, row_bytes
 from hashml.kvcache.persistence import persistence_ratio
 from hashml.kvcache.scissorhands import Scissorhands
@@ -22,7 +22,7 @@ SCISSORHANDS = ("scissorhands", "scissorhands_1", "scissorhands+int4")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Trained):
     """Budgets are tokens of a sequence over B; the defaults are those of the claims."""
 
     text_budgets: tuple[int, ...] = (2, 4, 5)
@@ -30,8 +30,6 @@ class Config:
     rivals: tuple[str, ...] = ("random", "window", "h2o")
     histories: tuple[int, ...] = (8, 16, 32, recall.LENGTH)
     """w of the part on history; the last is all of a sequence."""
-    seeds: int = 3
-    """Of each model."""
     size: Size = DEFAULT
 
 
@@ -84,7 +82,7 @@ def persistence(config: Config, fixture: str, layer: int, seed: int) -> dict[str
 @functools.lru_cache(maxsize=2)
 def scores(config: Config, cell: Cell) -> list[dict[str, float | int | None]]:
     """All seeds of a cell, which share a program."""
-    rows = fixtures.scores(config.size, cell.fixture, "decode", layers_of(config, cell), config.seeds)
+    rows = fixtures.scores(config.size, cell.fixture, "decode", layers_of(config, cell), config.trained(cell.fixture))
     names = ("nll", "rehearsed", "unrehearsed", "accuracy", "bytes_per_token", "tokens_kept")
     return [{name: row[name] for name in names} for row in rows]
 
@@ -96,7 +94,7 @@ def histories(config: Config, cell: Cell) -> list[dict[str, float | int | None]]
     tokens, targets, places = fixtures.texts(config.size, cell.fixture)
     spec = batch_spec(layers_of(config, cell), len(tokens))
     found = []
-    for seed in range(config.seeds):
+    for seed in range(config.trained(cell.fixture)):
         params = fixtures.params(config.size, cell.fixture, seed)
         kept = follow(model, spec, params, jnp.asarray(tokens), jnp.asarray(targets), jax.random.key(seed))
         share = (kept.newest[recall.QUESTIONS :] / kept.held[recall.QUESTIONS :]).mean()

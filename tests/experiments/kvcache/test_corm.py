@@ -57,7 +57,7 @@ def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):
 
 def test_a_budget_of_recall_is_counted_at_its_questions(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = dataclasses.replace(corm.SCALES["tiny"], seeds=1)
+    config = dataclasses.replace(corm.SCALES["tiny"], recall_seeds=1)
     (row,) = scores(config, Cell("recall", "corm", None, 2))
     assert row["tokens_kept"] == 48
     assert row["kept_share"] == pytest.approx(48 / np.arange(81, 97).mean())
@@ -106,6 +106,17 @@ def made_up() -> pl.DataFrame:
     rows += [none | {"part": "sweep", "method": method, "width": width, "seed": seed, "nll": nll + 0.1 * seed,
                      "kept_share": kept, "bytes_share": kept + 0.05, "peak_share": 0.9}
              for (width, method), (nll, kept) in sweep.items() for seed in range(3)]  # fmt: skip
+    # Controls in the sweep of f1: worse than CORM, but for the window at w = 32.
+    sweep = {(8, "random"): (2.4, 0.2), (16, "random"): (2.4, 0.4), (32, "random"): (2.4, 0.6),
+             (8, "window"): (2.4, 0.2), (16, "window"): (2.4, 0.4), (32, "window"): (1.9, 0.6)}  # fmt: skip
+    rows += [none | {"part": "sweep", "method": method, "width": width, "seed": seed, "nll": nll + 0.1 * seed,
+                     "kept_share": kept, "bytes_share": kept + 0.05, "peak_share": 0.9}
+             for (width, method), (nll, kept) in sweep.items() for seed in range(3)]  # fmt: skip
+    recalled = {(8, "corm"): (0.7, 0.3), (8, "random"): (0.5, 0.3), (8, "window"): (0.1, 0.3),
+                (16, "corm"): (0.9, 0.8), (16, "random"): (0.95, 0.8), (16, "window"): (0.2, 0.8)}  # fmt: skip
+    rows += [none | {"part": "sweep", "fixture": "recall", "method": method, "width": width, "seed": seed,
+                     "accuracy": value + 0.01 * seed, "kept_share": kept, "bytes_share": kept, "peak_share": 0.9}
+             for (width, method), (value, kept) in recalled.items() for seed in range(3)]  # fmt: skip
     recall = {("corm", 2): 0.8, ("random", 2): 0.6, ("window", 2): 0.1, ("h2o", 2): 0.9,
               ("corm", 3): 0.4, ("random", 3): 0.6, ("window", 3): 0.1, ("h2o", 3): 0.9}  # fmt: skip
     rows += [none | {"part": "budget", "fixture": "recall", "method": method, "budget": budget, "seed": seed,
@@ -124,6 +135,10 @@ def test_the_claims_read_the_right_rows():
         "half": (0.4, True),
         "less-memory": (0.45, False),
         "h2o": (float(np.mean([(2.02 + s) / (2.01 + s) - 1 for s in (0, 0.1, 0.2)])), False),
+        "sweep-random": (float(np.mean([(2.1 + s) / (2.4 + s) - 1 for s in (0, 0.1, 0.2)])), True),
+        "sweep-window": (float(np.mean([(2.01 + s) / (1.9 + s) - 1 for s in (0, 0.1, 0.2)])), False),
+        "recall-sweep-random": (0.2, True),
+        "recall-sweep-window": (0.6, True),
         "recall-random": (0.2, True),
         "recall-window": (0.7, True),
     }
@@ -151,4 +166,5 @@ def test_where_no_loss_passes_everything_is_needed():
 def test_the_figure_shows_all_parts():
     drawn = figures.draw(corm.figure, made_up())
     titles = [ax.get_title("left") for ax in drawn.axes]
-    assert titles == ["f1, queries", "f1, overlap", "f1, token by token", "recall, token by token"]
+    assert titles[:3] == ["f1, queries", "f1, overlap", "f1, token by token"]
+    assert titles[3:] == ["recall, no budget, rivals in equal mean bytes", "recall, equal budgets", ""]

@@ -27,8 +27,7 @@ def score(name, budget=None, prompt=0, setting=SETTING):
     layers, model = contender(name, setting, budget), decoder_model(DECODER)
     spec = harness.batch_spec(layers, 3)
     one = harness.Model(PARAMS, no_tables(spec), jax.random.key(1), TOKENS, TARGETS)
-    ((found, seconds),) = harness.decode_all(model, layers, [one], prompt=prompt)
-    assert seconds > 0
+    (found,) = harness.decode_all(model, layers, [one], prompt=prompt)
     return found
 
 

@@ -44,7 +44,7 @@ def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):
 
 def test_the_history_of_recall_is_measured_head_by_head(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = dataclasses.replace(scissorhands.SCALES["tiny"], seeds=1)
+    config = dataclasses.replace(scissorhands.SCALES["tiny"], recall_seeds=1)
     (row,) = histories(config, Cell("history", "recall", "scissorhands_1", 2, 96))
     assert row["accuracy"] is not None
     assert row["newest"] is not None

@@ -182,6 +182,9 @@ def made_up() -> pl.DataFrame:
     add("recall", "full", accuracy=0.99)
     for choice, accuracy in (("queries", 0.98), ("random", 0.5)):
         add("recall", "think", choice, 0.4, accuracy=accuracy)
+    for budget, alone, thin in ((2, 0.9, 0.91), (4, 0.6, 0.55)):
+        add("recall", "snapkv", budget=budget, accuracy=alone)
+        add("recall", "snapkv+think", "queries", 0.4, budget, accuracy=thin)
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
@@ -194,10 +197,14 @@ def test_the_claims_read_the_right_rows():
         "loss-keys-random": (2.02 / 2.4 - 1, True),
         "loss-queries-random": (2.024 / 2.4 - 1, True),
         "error-random-everywhere": (0.05, False),
+        "loss-random-everywhere": (2.012 / 2.2 - 1, True),
         "loss-40": (0.012, True),
         "loss-50": (0.015, True),
+        "memory-40": (0.16, False),
         "memory": (0.21, True),
         "equal-bytes": (2.35 / 2.3 - 1, False),
+        "equal-bytes-some": (0, False),
+        "equal-bytes-recall": (-0.05, False),
         "quantised": (2.12 / 2.1 - 1, True),
         "recall-40": (-0.01, True),
         "recall-random": (0.48, True),
