@@ -22,7 +22,8 @@ import numpy as np
 from hashml.accounting import format_bytes, stored_bytes
 from hashml.models.decoder import DecoderModel, Params, decoder_model
 from hashml.models.decoder_checkpoints import load_decoder
-from hashml.models.generation import Engine, full_engine, generate, stream
+from hashml.models.generation import Engine, check_request, full_engine, generate, stream
+from hashml.models.sampling import Sampling
 
 _TOKENS = 200
 _ROWS, _LENGTH = 16, 512
@@ -32,6 +33,17 @@ _ROWS, _LENGTH = 16, 512
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"hashml.generate: {message}\n")
+
+    def format_help(self) -> str:
+        # Only who asks for help waits for the modules that know the names.
+        from hashml.kvcache.methods import CODECS, POLICIES
+
+        self.epilog = (
+            f"Caches are a policy ({', '.join(POLICIES)}), a codec ({', '.join(CODECS)}), or both joined by +. "
+            "@ gives the tokens that a policy keeps, as a number or as a part of all, and : an option of a codec: "
+            "h2o@0.2, scissorhands@256+int4, kivi:2, kvquant:3o1, coupled:8c8b, think:0.4."
+        )
+        return super().format_help()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache",
         default="full",
         metavar="NAME",
-        help="how keys and values are kept, such as coupled:8c8b; default full",
+        help="how keys and values are kept, such as coupled:8c8b, see below; default full",
     )
     add("--tokenizer", metavar="PATH", help="tokenizer.json or tok*.bin; default: the one beside the model")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and arithmetic")
@@ -77,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"seed is {options.seed}; allowed is 0 to 2^32 - 1")
+    Sampling(options.temperature, options.top_k, options.top_p)  # refuses before the model is read
     params, config, tokenizer = load_decoder(
         options.model, jnp.dtype(options.dtype), tokenizer=True if options.tokenizer is None else options.tokenizer
     )
@@ -89,7 +102,8 @@ def _run(options: argparse.Namespace) -> None:
     tokens = options.tokens
     if tokens is None:
         tokens = max(1, min(_TOKENS, config.context - len(prompt)))
-    engine = _engine(options, model, params, prompt[0], len(prompt) + max(tokens, 1))
+    check_request(config, [prompt], tokens, tokenizer.stops)  # before codebooks are learnt
+    engine = _engine(options, model, params, prompt[0], len(prompt) + tokens)
     steps = stream(
         model,
         params,

@@ -148,6 +148,31 @@ def test_bad_input_is_one_line_and_status_2(chatter, capfdbinary, arguments, mes
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--top-p", "0"], "top_p is 0.0"),
+        (["--tokens", "0"], "tokens is 0; at least 1 is generated"),
+        (["--prompt", "a" * 80], "prompts has one of 82 tokens; the model's context is 64"),
+    ],
+)
+def test_bad_input_is_found_before_codebooks_are_learnt(chatter, capfdbinary, arguments, message):
+    """Who learns says so on stderr."""
+    status, out, err = run(capfdbinary, "--model", str(chatter), "--cache", "coupled:8c8b", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"hashml.generate: {message}")
+    assert err.count("\n") == 1
+
+
+def test_help_names_the_caches(capfdbinary):
+    from hashml.kvcache.methods import CODECS, POLICIES
+
+    status, out, _ = run(capfdbinary, "--help")
+    assert status == 0
+    assert set(POLICIES + CODECS) <= set(re.findall(r"\w+", out))
+
+
 def test_a_model_without_tokenizer_asks_for_one(tmp_path, capfdbinary):
     config = DecoderConfig(31, 8, 1, 2, 1, 4, 8, rotary=Rotary())
     params = jax.tree.map(

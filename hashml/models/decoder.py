@@ -25,6 +25,8 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -99,8 +101,8 @@ class DecoderConfig:
             raise ValueError(f"activation is {self.activation!r}; allowed are {', '.join(_ACTIVATIONS)}")
         if not self.norm_eps >= 0:
             raise ValueError(f"norm_eps is {self.norm_eps}; it is not negative")
-        if self.rotary is not None:
-            self.rotary.frequencies(self.head_dim)  # refuses odd widths
+        if self.rotary is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; a head is rotated in pairs, so its width is even")
 
 
 # --- parameters -----------------------------------------------------------------------------------
@@ -168,7 +170,8 @@ def _init(key: Array, name: str, shape: Any, config: DecoderConfig, dtype: DType
 
 
 def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B n"]) -> Float[Array, "B n d"]:
-    """Rows of the embedding. Ids are those of the vocabulary: nothing here checks them (see `generation`)."""
+    """Rows of the embedding. Ids are those of the vocabulary, which nothing here checks (`forward` and `generation`
+    do): one beyond it reads the last row, and a negative one counts from the end."""
     return params["embedding"][tokens]
 
 
@@ -272,12 +275,11 @@ def _token_before(u: Array, previous: Array | None, valid: Array | None) -> tupl
 # --- the whole ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("config", "remat", "block"))
 def forward(
     params: Params,
     config: DecoderConfig,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
+    tokens: Int[Array | np.ndarray, "B T"],
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
     *,
     remat: bool = False,
     block: int = 256,
@@ -287,11 +289,28 @@ def forward(
     Args:
         params: as `init_params` makes them.
         config: of the model.
-        tokens: ids.
+        tokens: ids, at least one a row. Under `jax.jit` they have no values yet, and what `embed` says holds.
         positions: of the tokens, rising along a row, -1 for padding at either end; ``None``: 0, 1, 2...
         remat: whether the backward pass computes each layer again instead of keeping its insides.
         block: queries that attention takes at a time.
+
+    Raises:
+        ValueError: for rows of no token, ids outside the vocabulary, and a ``block`` below 1.
     """
+    if not tokens.shape[1]:
+        raise ValueError(f"tokens has shape {tokens.shape}; allowed is at least 1 token a row")
+    if isinstance(tokens, np.ndarray) or (not isinstance(tokens, Tracer) and tokens.is_fully_addressable):
+        outside = np.asarray(tokens).ravel()
+        outside = outside[(outside < 0) | (outside >= config.vocabulary)]
+        if outside.size:
+            raise ValueError(f"tokens has {outside[0]}; allowed are ids from 0 to {config.vocabulary - 1}")
+    return _forward(params, config, tokens, positions, remat=remat, block=block)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "remat", "block"))
+def _forward(
+    params: Params, config: DecoderConfig, tokens: Array, positions: Array | None, *, remat: bool, block: int
+) -> Array:
     valid = None if positions is None else positions >= 0
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -6,8 +6,10 @@ model computed elsewhere it computes here, or it is not loaded.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from safetensors.numpy import save_file
 from hashml.exchange import ExchangeError
 from hashml.models.decoder import DecoderConfig, Params, param_shapes
 from hashml.models.folder_config import read_config, read_json, special_tokens, written_config
-from hashml.models.folder_tensors import DTYPES, SINGLE, Stored, few, read_params, stored_tensors
+from hashml.models.folder_tensors import DTYPES, SINGLE, Stored, few, read_params, readable, stored_tensors
 from hashml.models.llama2c import load_llama2c
 from hashml.models.rotary import half_from_interleaved
 from hashml.models.tokenization import Tokenizer, load_tokenizer
@@ -66,10 +68,10 @@ def load_decoder(
 
     Raises:
         ExchangeError: for another architecture, quantised weights, a switch this decoder lacks, tensors that are
-            missing, superfluous or of a wrong shape, and for damaged files; the message names the file.
+            missing, superfluous, of a wrong shape or not finite, and for damaged files; the message names the file.
         FileNotFoundError: if there is nothing at ``path``.
         ImportError: if a ``tokenizer.json`` is to be read and the library ``tokenizers`` is not there.
-        ValueError: for another dtype, and for weights that exceed float16.
+        ValueError: for another dtype, and for weights that exceed it.
     """
     if jnp.dtype(dtype).name not in DTYPES.values():
         raise ValueError(f"dtype is {jnp.dtype(dtype).name}; allowed are {', '.join(DTYPES.values())}")
@@ -101,7 +103,32 @@ def _load_folder(path: Path, dtype: DTypeLike, tokenizer: bool | str | os.PathLi
         bos, stops = special_tokens(path, said)
         reader = load_tokenizer(tokenizer, vocabulary=config.vocabulary, bos=bos, stops=stops)
     with contextlib.ExitStack() as files:
-        return LoadedDecoder(_params(config, stored_tensors(path, files), jnp.dtype(dtype)), config, reader)
+        tensors = stored_tensors(path, files)
+        found = [re.match(r"model\.layers\.(\d{1,9})\.", name) for name in tensors]
+        layers = max((int(layer[1]) + 1 for layer in found if layer), default=0)
+        if layers != config.layers:  # before the names of so many layers are made
+            raise ExchangeError(
+                f"{path / 'config.json'}: num_hidden_layers is {config.layers}; its tensors are of {layers} layers"
+            )
+        config, tensors = _tied(config, tensors, jnp.dtype(dtype))
+        return LoadedDecoder(_params(config, tensors, jnp.dtype(dtype)), config, reader)
+
+
+def _tied(
+    config: DecoderConfig, tensors: dict[str, Stored], dtype: np.dtype
+) -> tuple[DecoderConfig, dict[str, Stored]]:
+    """As transformers ties: either name may hold the one table, and two tables that differ are two."""
+    table, head = tensors.get(_TOP["embedding"]), tensors.get(_TOP["head"])
+    if not config.tied or head is None:
+        return config, tensors
+    rest = {name: tensor for name, tensor in tensors.items() if name != _TOP["head"]}
+    if table is None:
+        return config, rest | {_TOP["embedding"]: head}
+    if table.shape == head.shape and {table.dtype, head.dtype} <= DTYPES.keys():
+        with readable(table.file), readable(head.file), np.errstate(all="ignore"):
+            if np.array_equal(table.read().astype(dtype), head.read().astype(dtype)):
+                return config, rest
+    return dataclasses.replace(config, tied=False), tensors
 
 
 def _params(config: DecoderConfig, tensors: dict[str, Stored], dtype: np.dtype) -> Params:
@@ -114,7 +141,7 @@ def _params(config: DecoderConfig, tensors: dict[str, Stored], dtype: np.dtype) 
         tensors,
         dtype,
         tables=("embedding",),
-        ignored=lambda name: name.endswith(".rotary_emb.inv_freq") or (config.tied and name == _TOP["head"]),
+        ignored=lambda name: name.endswith(".rotary_emb.inv_freq"),
     )
 
 
@@ -133,8 +160,8 @@ def save_decoder(path: str | os.PathLike[str], params: Params, config: DecoderCo
         config: of the model.
 
     Raises:
-        ValueError: for what these architectures lack (smeared keys, no gate, no rotation), and for params of other
-            names or shapes.
+        ValueError: for what these architectures lack (smeared keys, no gate, no rotation, of Llama features that
+            heads do not divide), and for params of other names, shapes or dtypes.
         FileExistsError: if something is at ``path``.
     """
     path = Path(path)
@@ -143,6 +170,11 @@ def save_decoder(path: str | os.PathLike[str], params: Params, config: DecoderCo
     found = jax.tree.map(lambda leaf: tuple(leaf.shape), params)
     if found != shapes:
         raise ValueError(f"params has the shapes {found}; those of config are {shapes}")
+    for place, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf.dtype.name not in DTYPES.values():
+            raise ValueError(
+                f"params{jax.tree_util.keystr(place)} is {leaf.dtype.name}; allowed are {', '.join(DTYPES.values())}"
+            )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists; save_decoder writes a new folder")
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")

@@ -54,7 +54,12 @@ def causal_attention(
     """`masked_attention` of a sequence over itself, rotating first, ``block`` queries at a time.
 
     Beyond ``block`` tokens only ``[B, Hq, block, T]`` logits are alive, in the backward pass too.
+
+    Raises:
+        ValueError: for a ``block`` below 1.
     """
+    if block < 1:
+        raise ValueError(f"block is {block}; it is at least 1 query")
     if rotary is not None:
         q, k = (rotary.rotate(x, positions[:, None, :]) for x in (q, k))
     batch, heads, length, width = q.shape

@@ -5,8 +5,8 @@ an absent one has the default of its architecture in transformers.
 """
 
 import json
-import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,17 @@ _ACTIVATIONS = {
 _KV_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32}
 _CONTEXT = {"LlamaForCausalLM": 2048, "MistralForCausalLM": 131072, "Qwen2ForCausalLM": 32768}
 _WINDOW = 4096
-_ROPE_TYPES = ("default", "linear", "llama3")
+_FULL_LAYERS = 28
+_SPECIAL = {"LlamaForCausalLM": (1, 2), "MistralForCausalLM": (1, 2), "Qwen2ForCausalLM": (None, None)}
+"""BOS and EOS."""
+_ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Numbers that they need."""
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_TYPES["llama3"], _ORIGINAL)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is not there; a Hugging Face folder has a {path.name}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8, or of brackets without end
         raise ExchangeError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ExchangeError(f"{path} holds a {type(content).__name__}; allowed is a JSON object")
@@ -55,7 +65,9 @@ class _Fields:
         self.path, self.said = path, said
 
     def refuse(self, name: str, value: Any, allowed: str) -> ExchangeError:
-        return ExchangeError(f"{self.path}: {name} is {value!r}; allowed is {allowed}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+        return ExchangeError(f"{self.path}: {name} is {shown}; allowed is {allowed}")
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.said.get(name)
@@ -67,7 +79,8 @@ class _Fields:
     def number(self, name: str, default: float | int) -> float:
         value = self.said.get(name)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not real or not abs(value) <= sys.float_info.max:
             raise self.refuse(name, value, "a finite number")
         return float(value)
 
@@ -98,11 +111,13 @@ def read_config(path: str | os.PathLike[str], said: dict[str, Any]) -> DecoderCo
     for name in ("attention_bias", "mlp_bias"):
         if fields.switch(name):
             raise fields.refuse(name, True, "false")
-    activation = said.get("hidden_act") or "silu"
-    if activation not in _ACTIVATIONS:
+    activation = "silu" if said.get("hidden_act") is None else said["hidden_act"]
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise fields.refuse("hidden_act", activation, ", ".join(_ACTIVATIONS))
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", width // heads)
+    # Absent, they are those of the architecture; null, as many as queries have.
+    kv_heads = heads if "num_key_value_heads" in said else _KV_HEADS.get(architecture, heads)
     context = fields.integer("max_position_embeddings", _CONTEXT[architecture])
     try:
         return DecoderConfig(
@@ -110,7 +125,7 @@ def read_config(path: str | os.PathLike[str], said: dict[str, Any]) -> DecoderCo
             features=width,
             layers=fields.integer("num_hidden_layers"),
             heads=heads,
-            kv_heads=fields.integer("num_key_value_heads", _KV_HEADS.get(architecture, heads)),
+            kv_heads=fields.integer("num_key_value_heads", kv_heads),
             head_dim=head_dim,
             hidden=fields.integer("intermediate_size"),
             activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]  # values of a dict are plain str
@@ -129,65 +144,84 @@ def read_config(path: str | os.PathLike[str], said: dict[str, Any]) -> DecoderCo
 
 
 def _architecture(fields: _Fields) -> str:
-    named = fields.said.get("architectures")
-    if named is None and fields.said.get("model_type") in _MODEL_TYPES:
-        return _MODEL_TYPES[fields.said["model_type"]]
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
+    named, kind = fields.said.get("architectures"), fields.said.get("model_type")
+    if (named is not None or kind is None) and named not in [[known] for known in ARCHITECTURES]:
         raise fields.refuse("architectures", named, f"one of {', '.join(ARCHITECTURES)}")
-    return named[0]
+    if kind is not None and (not isinstance(kind, str) or kind not in _MODEL_TYPES):
+        raise fields.refuse("model_type", kind, f"one of {', '.join(_MODEL_TYPES)}")
+    architecture = named[0] if named else _MODEL_TYPES[str(kind)]
+    if kind is not None and architecture != _MODEL_TYPES[kind]:
+        raise fields.refuse("model_type", kind, f"that of architectures, {architecture}")
+    return architecture
 
 
 def _rotary(fields: _Fields, context: int) -> Rotary:
-    name = "rope_parameters" if fields.said.get("rope_parameters") is not None else "rope_scaling"
+    # An older entry goes before the newer one, as in transformers, whose own files have the newer one alone.
+    name = "rope_scaling" if fields.said.get("rope_scaling") else "rope_parameters"
     said = fields.said.get(name) or {}
     if not isinstance(said, dict):
         raise fields.refuse(name, said, "an object")
     inner = _Fields(f"{fields.path}: {name}", said)
+    for entry, value in said.items():
+        if entry not in _ROPE:
+            raise inner.refuse(entry, value, f"none, only {', '.join(_ROPE)}")
     kind = said.get("rope_type", said.get("type", "default"))
-    if kind not in _ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
         raise inner.refuse("rope_type", kind, f"one of {', '.join(_ROPE_TYPES)}")
     theta = inner.number("rope_theta", fields.number("rope_theta", 10000.0))
     if (part := inner.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))) != 1.0:
         raise inner.refuse("partial_rotary_factor", part, "1.0: whole heads are rotated")
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ())
-    if missing := [entry for entry in needed if said.get(entry) is None]:
+    if missing := [entry for entry in _ROPE_TYPES[kind] if said.get(entry) is None]:
         raise inner.refuse(missing[0], None, f"a number, which rope_type {kind!r} needs")
-    values = [inner.number(entry, 0.0) for entry in needed]
+    values = [inner.number(entry, 0.0) for entry in _ROPE_TYPES[kind]]
     if kind == "llama3":
-        values.append(inner.number("original_max_position_embeddings", context))
+        # That of the whole goes before that of the rotation, as in transformers.
+        values.append(fields.number(_ORIGINAL, inner.number(_ORIGINAL, context)))
     return Rotary(theta, "half", None if kind == "default" else (kind, *values))
 
 
 def _sliding_window(fields: _Fields, architecture: str) -> int | None:
-    if architecture == "LlamaForCausalLM":
-        return None
-    if architecture == "MistralForCausalLM":
-        if "sliding_window" in fields.said and fields.said["sliding_window"] is None:
-            return None
-        return fields.integer("sliding_window", _WINDOW)
-    if not fields.switch("use_sliding_window") or fields.said.get("sliding_window", _WINDOW) is None:
-        return None
-    layers, full = fields.integer("num_hidden_layers"), fields.said.get("max_window_layers", 28)
-    kinds = fields.said.get("layer_types") or [
-        "sliding_attention" if i >= full else "full_attention" for i in range(layers)
-    ]
-    if set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) != {"sliding_attention"}:
-        raise fields.refuse("layer_types", kinds, "one type for all layers, full_attention or sliding_attention")
-    return fields.integer("sliding_window", _WINDOW)
+    said, layers, window = fields.said, fields.integer("num_hidden_layers"), None
+    qwen2 = architecture == "Qwen2ForCausalLM"
+    if architecture == "MistralForCausalLM" or (qwen2 and fields.switch("use_sliding_window")):
+        null = said.get("sliding_window", _WINDOW) is None
+        window = None if null else fields.integer("sliding_window", _WINDOW)
+    kinds = said.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise fields.refuse("layer_types", kinds, f"a list of num_hidden_layers = {layers} entries")
+        possible = ["full_attention"] if window is None else ["sliding_attention"]
+        possible = ["full_attention", *possible] if qwen2 and window is not None else possible
+        for kind in possible:
+            if kinds == [kind] * layers:
+                return window if kind == "sliding_attention" else None
+        raise fields.refuse("layer_types", kinds, f"one type for all layers: {' or '.join(possible)}")
+    if qwen2 and window is not None:
+        full = said.get("max_window_layers", _FULL_LAYERS)
+        if not isinstance(full, int) or isinstance(full, bool) or 0 < full < layers:
+            raise fields.refuse(
+                "max_window_layers", full, f"0, or num_hidden_layers = {layers}: all layers have windows, or none has"
+            )
+        return None if full >= layers else window
+    return window
 
 
 def special_tokens(folder: Path, said: dict[str, Any]) -> tuple[int | None, tuple[int, ...]]:
-    """BOS and the tokens that end a text; ``generation_config.json`` goes before ``config.json``."""
+    """BOS and the tokens that end a text; ``generation_config.json`` goes before ``config.json``.
+
+    An entry that ``config.json`` lacks has the default of its architecture, and null is none.
+    """
     generation = folder / "generation_config.json"
-    both = [*([read_json(generation)] if generation.exists() else []), said]
+    defaults = dict(
+        zip(("bos_token_id", "eos_token_id"), _SPECIAL[_architecture(_Fields(folder, said))], strict=True)
+    )
+    both = [*([read_json(generation)] if generation.exists() else []), defaults | said]
 
     def first(name: str) -> list[int]:
         for content in both:
             value = content.get(name)
             values = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(entry, int) for entry in values):
+            if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in values):
                 raise ExchangeError(f"{folder}: {name} is {value!r}; allowed are integers")
             if values:
                 return values
@@ -210,11 +244,19 @@ def written_config(config: DecoderConfig) -> dict[str, Any]:
         raise ValueError("config.rotary is None; allowed in a Hugging Face folder is a Rotary")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rotary.theta}
     if config.rotary.scaling is not None:
-        names = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        names = ("rope_type", *_ROPE_TYPES["llama3"], _ORIGINAL)
         rope |= dict(zip(names, config.rotary.scaling, strict=False))
-        if "original_max_position_embeddings" in rope:
-            rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
+        if (original := rope.get(_ORIGINAL, 0)) != int(original):
+            raise ValueError(
+                f"config.rotary.scaling has the context {original}; allowed in a Hugging Face folder is an integer"
+            )
+        rope |= {_ORIGINAL: int(original)} if original else {}
     kind = "qwen2" if config.qkv_bias else "llama" if config.sliding_window is None else "mistral"
+    if kind == "llama" and config.features % config.heads:
+        raise ValueError(
+            f"config.heads is {config.heads}; allowed in a Hugging Face folder of a Llama are divisors of features, "
+            f"{config.features}"
+        )
     said: dict[str, Any] = {
         "architectures": [_MODEL_TYPES[kind]],
         "model_type": kind,

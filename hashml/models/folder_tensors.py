@@ -36,13 +36,18 @@ def stored_tensors(path: Path, files: contextlib.ExitStack) -> dict[str, Stored]
     Raises:
         ExchangeError: for files that are absent, damaged, pickled or outside of the folder.
     """
-    if (path / INDEX).exists():
+    weights: dict[str, Any] | None = None
+    if (path / SINGLE).exists():  # also beside an index, as in transformers
+        names = [SINGLE]
+    elif (path / INDEX).exists():
         weights = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        if (
+            not isinstance(weights, dict)
+            or not weights
+            or not all(isinstance(name, str) for name in weights.values())
+        ):
             raise ExchangeError(f"{path / INDEX} has no weight_map of tensor names to file names")
         names = sorted(set(weights.values()))
-    elif (path / SINGLE).exists():
-        weights, names = None, [SINGLE]
     else:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         there = f"; {few(pickled)} may be pickled and is not read" if pickled else ""
@@ -54,6 +59,8 @@ def stored_tensors(path: Path, files: contextlib.ExitStack) -> dict[str, Stored]
     found: dict[str, Stored] = {}
     for name in names:
         file = path / name
+        if not file.is_file():
+            raise ExchangeError(f"{file} is no file; allowed are safetensors files")
         with readable(file):
             handle = files.enter_context(safe_open(file, framework="numpy"))
             for tensor in handle.keys():  # noqa: SIM118 - the handle is no mapping
@@ -62,6 +69,8 @@ def stored_tensors(path: Path, files: contextlib.ExitStack) -> dict[str, Stored]
     if weights is not None and (absent := sorted(set(weights) - set(found))):
         file = path / weights[absent[0]]
         raise ExchangeError(f"{file} lacks {few(absent)}, which {INDEX} says it holds")
+    if not found:
+        raise ExchangeError(f"{path / SINGLE} holds no tensors")
     return found
 
 
@@ -77,6 +86,8 @@ def readable(file: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ExchangeError(f"{file} is damaged or no safetensors file: {error}") from error
+    except OSError as error:  # whose own message need not name the file
+        raise ExchangeError(f"{file} cannot be read: {error}") from error
 
 
 def read_params(
@@ -99,7 +110,7 @@ def read_params(
         ignored: says which tensors hold nothing that counts.
 
     Raises:
-        ExchangeError: for tensors that are missing, superfluous, of a wrong shape or quantised.
+        ExchangeError: for tensors that are missing, superfluous, of a wrong shape, quantised or not finite.
         ValueError: for weights that exceed ``dtype``.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not ignored(name)}
@@ -134,17 +145,31 @@ def read_params(
             with readable(file):
                 values = tensors[tensor].read()
             target = part if name in tables else part.T
-            try:
-                with np.errstate(over="raise", under="ignore"):
-                    target[...] = values.astype(dtype)
-            except FloatingPointError:
-                raise ValueError(f"dtype is {dtype.name}; {file}: tensor {tensor!r} exceeds it") from None
+            target[...] = narrowed(values, dtype, f"{file}: tensor {tensor!r}")
         return jnp.asarray(host)
 
     return {
         name: {inner: filled(inner) for inner in shapes["layers"]} if name == "layers" else filled(name)
         for name in shapes
     }
+
+
+def narrowed(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """``values`` in ``dtype``, finite before and after.
+
+    Raises:
+        ExchangeError: for NaN and infinities.
+        ValueError: for values that would become infinite.
+    """
+    if not (finite := np.isfinite(values)).all():
+        raise ExchangeError(
+            f"{name} has {finite.size - finite.sum()} entries that are NaN or infinite; allowed are none"
+        )
+    with np.errstate(all="ignore"):
+        found = values.astype(dtype, copy=False)
+    if not np.isfinite(found).all():
+        raise ValueError(f"dtype is {dtype.name}; {name} exceeds it")
+    return found
 
 
 def few(names: Iterable[str]) -> str:

@@ -18,12 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hashml.models.decoder import DecoderModel, Params
+from hashml.models.decoder import DecoderConfig, DecoderModel, Params
 from hashml.models.exact_attention import causal_attention, masked_attention
-from hashml.models.sampling import Sampling, sample
+from hashml.models.sampling import Sampling, integer, sample
 
 State = Any
 """Pytree of arrays whose shapes never change."""
+Prompts = Sequence[Sequence[int]] | Int[Array | np.ndarray, "B T"]
+"""Token ids, of any lengths."""
+_ENDED, _LOST = -1, -2
+"""In place of a token: the row has ended; its logits were not finite."""
 
 
 @runtime_checkable
@@ -135,7 +139,7 @@ def full_engine(model: DecoderModel, capacity: int) -> DenseEngine:
 def generate(
     model: DecoderModel,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     tokens: int,
     *,
     temperature: float | int = 1.0,
@@ -167,19 +171,25 @@ def generate(
 
     Raises:
         ValueError: for an empty prompt, an id outside the vocabulary, more tokens than the cache holds or, of the
-            full cache, than the model's context; for sampling arguments outside their ranges.
+            full cache, than the model's context; for sampling arguments outside their ranges; and when the logits
+            of a row are not finite, since no token follows from them.
+        TypeError: for tokens, ids or a top_k that are no integers.
     """
+    tokens = integer("tokens", tokens, "an integer, at least 1")
     run = _prepared(model, prompts, tokens, Sampling(temperature, top_k, top_p), key, cache, stops, prompt_length)
     found = _whole(run.engine.prefill, run.engine.step, run.sampling, run.stops, tokens)(
         params, run.tokens, run.positions, run.key
     )
-    return [[token for token in row.tolist() if token >= 0] for row in np.asarray(found)]
+    found = np.asarray(found)
+    for row, place in np.argwhere(found == _LOST).tolist():
+        raise _lost(row, place)
+    return [[token for token in row.tolist() if token >= 0] for row in found]
 
 
 def stream(
     model: DecoderModel,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     tokens: int,
     *,
     temperature: float | int = 1.0,
@@ -192,9 +202,10 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """`generate`, a step at a time: int32 ``[B]``, where -1 stands for rows that have ended.
 
-    The arguments are those of `generate`, checked when this is called. The next step is under way on the device
-    while the caller reads a token.
+    The arguments are those of `generate`, checked when this is called; logits that are not finite are an error when
+    their step comes. The next step is under way on the device while the caller reads a token.
     """
+    tokens = integer("tokens", tokens, "an integer, at least 1")
     run = _prepared(model, prompts, tokens, Sampling(temperature, top_k, top_p), key, cache, stops, prompt_length)
     return _steps(run, params, tokens)
 
@@ -210,7 +221,7 @@ class _Run(NamedTuple):
 
 def _prepared(
     model: DecoderModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     tokens: int,
     sampling: Sampling,
     key: Array | None,
@@ -218,15 +229,11 @@ def _prepared(
     stops: Sequence[int],
     prompt_length: int | None,
 ) -> _Run:
-    if tokens < 1:
-        raise ValueError(f"tokens is {tokens}; at least 1 is generated")
+    config = model.config
     if key is None and sampling.temperature > 0:
         raise ValueError(f"key is None; temperature {sampling.temperature} draws, and needs a jax.random key")
-    config = model.config
-    ids, positions = pad_prompts(prompts, config.vocabulary, prompt_length)
+    ids, positions, stops = check_request(config, prompts, tokens, stops, prompt_length)
     longest, columns = int(positions.max()) + 1, ids.shape[1]
-    if longest > config.context:
-        raise ValueError(f"prompts has one of {longest} tokens; the model's context is {config.context}")
     if cache is None:
         if longest + tokens > config.context:
             raise ValueError(
@@ -239,16 +246,38 @@ def _prepared(
         raise ValueError(
             f"tokens is {tokens}; the cache has a capacity of {capacity}, of which the prompts take {columns}"
         )
-    if bad := [stop for stop in stops if not 0 <= stop < config.vocabulary]:
-        raise ValueError(f"stops has {bad[0]}; allowed are ids of the vocabulary, 0 to {config.vocabulary - 1}")
     key = jax.random.key(0) if key is None else key  # never read at temperature 0
-    return _Run(cache, sampling, tuple(sorted(set(stops))), key, jnp.asarray(ids), jnp.asarray(positions))
+    return _Run(cache, sampling, stops, key, jnp.asarray(ids), jnp.asarray(positions))
+
+
+def check_request(
+    config: DecoderConfig, prompts: Prompts, tokens: int, stops: Sequence[int] = (), prompt_length: int | None = None
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], tuple[int, ...]]:
+    """What `generate` asks of these arguments whatever the cache: the results of `pad_prompts`, and stops in order.
+
+    Raises:
+        ValueError, TypeError: as `generate`.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; at least 1 is generated")
+    ids, positions = pad_prompts(prompts, config.vocabulary, prompt_length)
+    longest = int(positions.max()) + 1
+    if longest > config.context:
+        raise ValueError(f"prompts has one of {longest} tokens; the model's context is {config.context}")
+    allowed = f"ids of the vocabulary, 0 to {config.vocabulary - 1}"
+    found = {integer(f"stops[{place}]", stop, allowed) for place, stop in enumerate(stops)}
+    if bad := [stop for stop in found if not 0 <= stop < config.vocabulary]:
+        raise ValueError(f"stops has {bad[0]}; allowed are {allowed}")
+    return ids, positions, tuple(sorted(found))
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], vocabulary: int, length: int | None = None
+    prompts: Prompts, vocabulary: int, length: int | None = None
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """Prompts padded at the left: int32 tokens, 0 where there is none, and positions, -1 where there is none.
+    """Prompts padded at the left: int32 tokens and positions, which are -1 where there is none.
+
+    Padding repeats the first token of its row: whatever a model makes of it, the row makes that of it anyway, and
+    numbers that are not finite stay in the rows that have them.
 
     Args:
         prompts: token ids.
@@ -257,30 +286,56 @@ def pad_prompts(
 
     Raises:
         ValueError: for no prompts, an empty one, one longer than ``length``, or an id outside the vocabulary.
+        TypeError: for prompts that are no rows of integers.
     """
-    if not prompts:
+    rows = [_ids(row, prompt, vocabulary) for row, prompt in enumerate(_listed("prompts", prompts))]
+    if not rows:
         raise ValueError("prompts is empty; at least one is needed")
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts[{row}] is empty; allowed is at least one token, such as the tokenizer's BOS")
-        for place, token in enumerate(prompt):
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"prompts[{row}][{place}] is {token}; allowed are ids from 0 to {vocabulary - 1}")
-    longest = max(len(prompt) for prompt in prompts)
-    length = longest if length is None else length
+    longest = max(len(ids) for ids in rows)
+    length = longest if length is None else integer("prompt_length", length, "an integer, or None")
     if longest > length:
         raise ValueError(f"prompts has one of {longest} tokens; prompt_length is {length}")
-    tokens, positions = np.zeros((len(prompts), length), np.int32), np.full((len(prompts), length), -1, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        positions[row, length - len(prompt) :] = np.arange(len(prompt))
+    tokens, positions = np.empty((len(rows), length), np.int32), np.full((len(rows), length), -1, np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row] = ids[0]
+        tokens[row, length - len(ids) :] = ids
+        positions[row, length - len(ids) :] = np.arange(len(ids))
     return tokens, positions
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, jax.Array):  # whose entries one by one are slow to read
+        values = np.asarray(values)
+    try:
+        return values.tolist() if isinstance(values, np.ndarray) else list(values)
+    except TypeError:
+        raise TypeError(f"{name} is {values!r}; prompts are rows of token ids") from None
+
+
+def _ids(row: int, prompt: Any, vocabulary: int) -> list[int]:
+    name, allowed = f"prompts[{row}]", f"ids from 0 to {vocabulary - 1}"
+    ids = [integer(f"{name}[{place}]", token, allowed) for place, token in enumerate(_listed(name, prompt))]
+    if not ids:
+        raise ValueError(f"{name} is empty; allowed is at least one token, such as the tokenizer's BOS")
+    for place, token in enumerate(ids):
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{name}[{place}] is {token}; allowed are {allowed}")
+    return ids
+
+
+def _lost(row: int, place: int) -> ValueError:
+    return ValueError(
+        f"the logits of new token {place} behind prompts[{row}] are not finite; params hold NaN or infinite numbers, "
+        "or theirs are too large for their dtype"
+    )
 
 
 def _chosen(key: Array, index: Any, logits: Array, ended: Array, sampling: Sampling, stops: tuple[int, ...]) -> Any:
     """The token of step ``index``, and which rows have ended with it or before."""
     token = sample(jax.random.fold_in(key, index), logits, sampling)
-    return token, ended | (token[:, None] == jnp.asarray(stops, jnp.int32)).any(axis=1)
+    lost = ~ended & ~jnp.isfinite(logits.max(axis=-1))  # -inf alone rules a token out
+    ended = ended | lost | (token[:, None] == jnp.asarray(stops, jnp.int32)).any(axis=1)
+    return jnp.where(lost, _LOST, token), ended
 
 
 @functools.lru_cache(maxsize=64)
@@ -306,10 +361,12 @@ def _steps(run: _Run, params: Params, tokens: int) -> Iterator[np.ndarray]:
         read = token, ended
         if index < tokens:
             state, token, ended = following(params, state, token, ended, run.key, np.int32(index))
-        over = np.asarray(read[1])
+        found, over = np.asarray(read[0]), np.asarray(read[1])
+        if (found == _LOST).any():
+            raise _lost(int(np.argmin(found)), index - 1)
         if over.all():
             return
-        yield np.where(over, np.int32(-1), np.asarray(read[0]))
+        yield np.where(over, np.int32(_ENDED), found)
 
 
 @functools.lru_cache(maxsize=64)
@@ -320,10 +377,11 @@ def _whole(
     def whole(params: Params, prompt: Array, positions: Array, key: Array) -> Array:
         logits, state = prefill(params, prompt, positions)
         token, ended = _chosen(key, 0, logits, jnp.zeros(prompt.shape[0], bool), sampling, stops)
-        written = jnp.full((prompt.shape[0], tokens), -1, jnp.int32)
+        written = jnp.full((prompt.shape[0], tokens), _ENDED, jnp.int32)
 
         def write(index: Any, written: Array, token: Array, ended: Array) -> Array:
-            return jax.lax.dynamic_update_slice(written, jnp.where(ended, -1, token)[:, None], (0, index))
+            shown = jnp.where(ended & (token != _LOST), _ENDED, token)
+            return jax.lax.dynamic_update_slice(written, shown[:, None], (0, index))
 
         def going(carry: Any) -> Array:
             index, _, _, ended, _ = carry

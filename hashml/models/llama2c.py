@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from hashml.exchange import ExchangeError
 from hashml.models.decoder import DecoderConfig, Params
+from hashml.models.folder_tensors import narrowed
 from hashml.models.rotary import Rotary
 
 _FIELDS = ("features", "hidden", "layers", "heads", "kv_heads", "vocabulary", "context")
@@ -33,8 +34,10 @@ def load_llama2c(path: str | os.PathLike[str], dtype: DTypeLike = jnp.float32) -
     """Params and configuration of a llama2.c file.
 
     Raises:
-        ExchangeError: if the file is of another format or version, or has not the size that its header asks for.
+        ExchangeError: if the file is of another format or version, has not the size that its header asks for, or
+            holds weights that are not finite.
         FileNotFoundError: if there is no such file.
+        ValueError: for weights that exceed ``dtype``.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -49,11 +52,11 @@ def load_llama2c(path: str | os.PathLike[str], dtype: DTypeLike = jnp.float32) -
         found = {name: np.fromfile(file, "<f4", math.prod(shape)).reshape(shape) for name, shape in layout}
     # [out, in] there, [in, out] here
     kernels = ("query", "key", "value", "output", "gate", "up", "down", "head")
-    arrays = {
-        name: jnp.asarray(np.swapaxes(array, -1, -2) if name in kernels else array, dtype)
-        for name, array in found.items()
-        if name not in ("cos", "sin")
-    }
+    arrays = {}
+    for name, array in found.items():
+        if name not in ("cos", "sin"):
+            host = narrowed(array, jnp.dtype(dtype), f"{path}: array {name!r}")
+            arrays[name] = jnp.asarray(np.swapaxes(host, -1, -2) if name in kernels else host)
     params: dict[str, Any] = {name: arrays.pop(name) for name in ("embedding", "norm", "head") if name in arrays}
     return params | {"layers": arrays}, config
 

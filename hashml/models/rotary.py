@@ -20,10 +20,14 @@ the same inner products; this is the permutation of Hugging Face's conversion sc
 ``("linear", factor)`` divides every frequency (Chen et al. 2023, arXiv 2306.15595), and
 ``("llama3", factor, low, high, context)`` divides those whose wavelength exceeds ``context / low``, keeps those
 below ``context / high``, and goes linearly in between, in ``context / wavelength`` (Llama 3.1).
+
+Frequencies are rounded to float32 where transformers rounds them: a last bit of them, times thousands of positions,
+would be seen in logits.
 """
 
 import dataclasses
 import math
+import sys
 from typing import Literal
 
 import jax.numpy as jnp
@@ -51,7 +55,7 @@ class Rotary:
     scaling: tuple | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.theta) and self.theta > 0):
+        if not 0 < self.theta <= sys.float_info.max:
             raise ValueError(f"theta is {self.theta}; a base is positive and finite")
         if self.pairs not in ("half", "interleaved"):
             raise ValueError(f"pairs is {self.pairs!r}; allowed are 'half' and 'interleaved'")
@@ -67,22 +71,25 @@ class Rotary:
             raise ValueError(f"scaling is {self.scaling!r}; its low, {values[1]}, is less than its high, {values[2]}")
 
     def frequencies(self, width: int) -> np.ndarray:
-        """float32 ``[width / 2]``, radians a position; found in float64 on the host.
+        """float32 ``[width / 2]``, radians a position; found on the host, in float32 but for the power.
 
         Raises:
             ValueError: if ``width`` is odd or not positive.
         """
         if width <= 0 or width % 2:
             raise ValueError(f"width is {width}; a head is rotated in pairs, so its width is even and positive")
-        frequency = float(self.theta) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+        exponent = np.arange(0, width, 2).astype(np.float32) / np.float32(width)
+        with np.errstate(over="ignore"):  # of a huge base; its pairs stand still
+            inverse = (float(np.float32(self.theta)) ** exponent.astype(np.float64)).astype(np.float32)
+        frequency = np.float32(1) / inverse
         if self.scaling is not None and self.scaling[0] == "linear":
-            frequency = frequency / self.scaling[1]
+            frequency = frequency / np.float32(self.scaling[1])
         elif self.scaling is not None:
-            _, factor, low, high, context = self.scaling
-            turns = context * frequency / (2 * math.pi)  # of the pair within the old context
-            kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+            factor, low, high, context = np.array(self.scaling[1:], np.float32)
+            turns = context * frequency / np.float32(2 * math.pi)  # of the pair within the old context
+            kept = np.clip((turns - low) / (high - low), np.float32(0), np.float32(1))
             frequency = kept * frequency + (1 - kept) * frequency / factor
-        return frequency.astype(np.float32)
+        return frequency
 
     def rotate(self, x: Float[Array, "B H n D"], positions: Int[Array, "B #H n"]) -> Float[Array, "B H n D"]:
         """``x`` turned to its positions, in ``x``'s dtype; angles, sines and products are float32.

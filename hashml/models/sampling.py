@@ -7,6 +7,8 @@ token ~ softmax(filtered);        temperature 0: argmax(logits)
 
 import dataclasses
 import math
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ class Sampling:
 
     Raises:
         ValueError: for values outside these.
+        TypeError: for a top_k that is no integer.
     """
 
     temperature: float | int = 1.0
@@ -36,10 +39,22 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature is {self.temperature}; it is 0 (greedy) or positive, and finite")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and integer("top_k", self.top_k, "an integer, at least 1, or None") < 1:
             raise ValueError(f"top_k is {self.top_k}; it is at least 1, or None")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it is above 0 and at most 1")
+
+
+def integer(name: str, value: Any, allowed: str) -> int:
+    """``value`` if it is an integer, NumPy's and JAX's included, and no number that would have to be rounded.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; allowed is {allowed}") from None
 
 
 def filtered_logits(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "*B V"]:
@@ -72,7 +87,7 @@ def sample(key: Array | None, logits: Float[Array, "B V"], sampling: Sampling) -
 
     Args:
         key: of the draw; temperature 0 needs none.
-        logits: of the next token.
+        logits: of the next token; of a row with NaN or inf, the token means nothing (`generate` refuses it).
         sampling: how to draw.
 
     Raises:

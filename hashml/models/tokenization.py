@@ -5,8 +5,9 @@ falls into characters, or into bytes where a character has no token; then the ad
 best-scored token is merged until there is none. `FolderTokenizer` reads the ``tokenizer.json`` of a Hugging Face
 folder by the library ``tokenizers``.
 
-Both write text *incrementally*: a character of UTF-8 may be spread over tokens, so a `TextStream` gives back only
-what no later token can change.
+Both write text *incrementally*: a character of UTF-8 may be spread over tokens, so a `TextStream` holds back what may
+be the beginning of one. What it has written stays, also where a ``tokenizer.json`` would afterwards read a whole run
+of bytes as U+FFFD because of one more byte that is no UTF-8.
 """
 
 import codecs
@@ -207,13 +208,15 @@ class FolderTokenizer:
     """A ``tokenizer.json``, with the special tokens that the folder's configuration names.
 
     Args:
-        tokenizer: of the library ``tokenizers``.
+        tokenizer: of the library ``tokenizers``; its own truncation and padding are turned off.
         bos: as `Tokenizer.bos`; only an empty text begins with it unless the file itself adds one.
         stops: as `Tokenizer.stops`.
     """
 
     def __init__(self, tokenizer: Any, bos: int | None, stops: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.bos = bos
         self.stops = tuple(stops)
 
@@ -233,32 +236,51 @@ class FolderTokenizer:
         return _DifferenceStream(lambda tokens: self._tokenizer.decode(tokens, skip_special_tokens=True), before)
 
 
+_NEAR, _FAR = 8, 64
+"""Tokens that stay as a neighbourhood, at least and at most."""
+_UNKNOWN = "\ufffd"
+
+
 class _DifferenceStream:
     """The text of a token is how the text of its neighbourhood grows by it: pieces alone lose their spaces."""
 
     def __init__(self, decode: Callable[[list[int]], str], before: Sequence[int]) -> None:
         self._decode = decode
-        self._tokens = list(before)[-8:]
-        self._written = len(self._decode(self._tokens))
+        self._tokens, self._written = self._neighbourhood(list(before))
+        self._silent = 0
 
     def push(self, token: int) -> str:
         self._tokens.append(token)
+        self._silent += 1
         text = self._decode(self._tokens)
-        if text.endswith("\ufffd"):  # a character that the next token may complete
-            return ""
-        return self._grown(text)
+        # What is unknown at the end may be a character that the next tokens complete; after so many, only its last.
+        held = len(text) - len(text.rstrip(_UNKNOWN))
+        stop = len(text) - (held if self._silent <= _NEAR else min(held, 1))
+        new = text[self._written : stop]
+        if new:
+            self._written, self._silent = stop, 0
+        # Without the other tokens, a text costs linear time.
+        if len(self._tokens) >= (2 * _NEAR if new else _FAR):
+            waiting = len(text) - self._written
+            self._tokens, length = self._neighbourhood(self._tokens)
+            self._written = max(0, length - waiting)
+        return new
 
     def finish(self) -> str:
-        return self._grown(self._decode(self._tokens))
-
-    def _grown(self, text: str) -> str:
-        new = text[self._written :]
-        # Some tokens stay as the neighbourhood; without the rest, a text costs linear time.
-        if new and len(self._tokens) > 16:
-            self._tokens = self._tokens[-8:]
-            text = self._decode(self._tokens)
-        self._written = len(text)
+        text = self._decode(self._tokens)
+        new, self._written = text[self._written :], len(text)
         return new
+
+    def _neighbourhood(self, tokens: list[int]) -> tuple[list[int], int]:
+        """The fewest last tokens that read alone as they read behind the others, which those behind half a character
+        do not, and the length of their text."""
+        text = self._decode(tokens)
+        for count in range(_NEAR, min(len(tokens), _FAR)):
+            part = self._decode(tokens[-count:])
+            if not part.startswith(_UNKNOWN) and part.strip(_UNKNOWN) and text.endswith(part):
+                return tokens[-count:], len(part)
+        last = tokens if len(tokens) < _FAR else tokens[-_NEAR:]
+        return last, len(self._decode(last))
 
 
 def load_folder_tokenizer(

@@ -149,6 +149,24 @@ def test_padding_at_either_end_counts_for_nothing(name):
         assert np.isfinite(padded).all()
 
 
+def test_ids_outside_the_vocabulary_are_refused():
+    params = some_params(PLAIN)
+    for wrong in (23, -1, 2**40):
+        tokens = np.array([[1, 22, 0], [2, wrong, 3]])
+        with pytest.raises(ValueError, match=f"tokens has {wrong}; allowed are ids from 0 to 22"):
+            forward(params, PLAIN, tokens)
+    with pytest.raises(ValueError, match="tokens has 23; allowed are ids from 0 to 22"):
+        Decoder(PLAIN).apply({"params": params}, jnp.array([[1, 23]]))
+
+
+def test_no_tokens_and_blocks_of_none_are_refused():
+    params = some_params(PLAIN)
+    with pytest.raises(ValueError, match=r"tokens has shape \(1, 0\); allowed is at least 1 token a row"):
+        forward(params, PLAIN, jnp.zeros((1, 0), jnp.int32))
+    with pytest.raises(ValueError, match="block is 0; it is at least 1 query"):
+        forward(params, PLAIN, TOKENS, block=0)
+
+
 def test_blocks_and_rematerialisation_change_nothing():
     config = dataclasses.replace(PLAIN, smear=True, sliding_window=3)
     params = some_params(config)
@@ -306,7 +324,7 @@ def test_bfloat16_is_float32_up_to_its_rounding():
     [
         ({"layers": 0}, "layers is 0; it is at least 1"),
         ({"kv_heads": 3}, "kv_heads is 3; it divides heads, 4"),
-        ({"head_dim": 5}, "width is 5; a head is rotated in pairs"),
+        ({"head_dim": 5}, "head_dim is 5; a head is rotated in pairs"),
         ({"sliding_window": 0}, "sliding_window is 0; it is at least 1"),
         ({"norm_eps": -1.0}, "norm_eps is -1.0; it is not negative"),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -136,9 +137,78 @@ def test_an_engine_may_be_anything_with_two_functions():
 
 def test_padding_is_left_and_positions_count_a_rows_own_tokens():
     tokens, positions = pad_prompts(PROMPTS, 19, 8)
-    assert tokens.tolist()[1:] == [[0] * 7 + [6], [0] * 5 + [5, 3, 5]]
+    assert tokens.tolist()[1:] == [[6] * 8, [5] * 6 + [3, 5]]  # with the row's own first token
     assert positions.tolist()[1:] == [[-1] * 7 + [0], [-1] * 5 + [0, 1, 2]]
     assert positions[0].tolist() == [-1, 0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("call", [generate, stream])
+def test_rows_without_finite_logits_are_named(call):
+    """A NaN is no token, and does not reach the other rows: not by the padding of theirs."""
+    model, params = model_and_params("llama")
+    spoilt = params | {"embedding": params["embedding"].at[0].set(jnp.nan)}
+    untied = dataclasses.replace(PLAIN, tied=False)
+    spoilt["head"] = params["embedding"].T
+    model = decoder_model(untied)
+    expected = generate(model, params | {"head": spoilt["head"]}, PROMPTS, 5, temperature=0)
+    assert all(0 not in row for row in expected)
+    if call is generate:
+        assert generate(model, spoilt, PROMPTS, 5, temperature=0) == expected
+    for options in ({"temperature": 0}, {"key": jax.random.key(0)}):
+        with pytest.raises(ValueError, match=r"logits of new token 0 behind prompts\[1\] are not finite; params"):
+            list(call(model, spoilt, [[1, 2], [3, 0], [4, 5]], 5, **options))
+
+
+def test_what_is_lost_later_is_named_when_it_comes():
+    """An engine without a finite logit for the row that says 3; one that rules tokens out by -inf is none."""
+
+    class Successor:
+        def prefill(self, params, tokens, positions):
+            return self.step(params, None, tokens[:, -1])
+
+        def step(self, params, state, token):
+            ruled = jnp.where(jax.nn.one_hot(token + 1, 19) > 0, 0.0, -jnp.inf)
+            return jnp.where(token[:, None] == 3, -jnp.inf, ruled), jnp.zeros(1)
+
+    model, _ = model_and_params("llama")
+    options: dict[str, Any] = {"temperature": 0, "cache": Successor()}
+    assert generate(model, {}, [[10], [1]], 2, **options) == [[11, 12], [2, 3]]
+    with pytest.raises(ValueError, match=r"new token 2 behind prompts\[1\] are not finite"):
+        generate(model, {}, [[10], [1]], 4, **options)
+    assert generate(model, {}, [[10], [1]], 4, **options, stops=(2,)) == [[11, 12, 13, 14], []]
+    steps = stream(model, {}, [[10], [1]], 4, **options)
+    assert [next(steps).tolist() for _ in range(2)] == [[11, 2], [12, 3]]
+    with pytest.raises(ValueError, match=r"new token 2 behind prompts\[1\] are not finite"):
+        next(steps)
+
+
+def test_prompts_may_be_an_array():
+    expected = pad_prompts([[1, 2, 3], [4, 5, 6]], 19)
+    for kind in (np.asarray, jnp.asarray):
+        for found, wanted in zip(pad_prompts(kind([[1, 2, 3], [4, 5, 6]]), 19), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": [[1, 2.5]]}, r"prompts\[0\]\[1\] is 2.5; allowed is ids from 0 to 18"),
+        ({"prompts": np.ones((1, 2))}, r"prompts\[0\]\[0\] is 1.0; allowed is ids"),
+        ({"prompts": [1, 2, 3]}, r"prompts\[0\] is 1; prompts are rows of token ids"),
+        ({"prompts": ["abc"]}, r"prompts\[0\]\[0\] is 'a'; allowed is ids"),
+        ({"prompts": 3}, "prompts is 3; prompts are rows of token ids"),
+        ({"stops": [3.5]}, r"stops\[0\] is 3.5; allowed is ids of the vocabulary, 0 to 18"),
+        ({"tokens": 2.5}, "tokens is 2.5; allowed is an integer, at least 1"),
+        ({"top_k": 2.5}, "top_k is 2.5; allowed is an integer, at least 1, or None"),
+        ({"prompt_length": 9.0}, "prompt_length is 9.0; allowed is an integer, or None"),
+    ],
+)
+@pytest.mark.parametrize("call", [generate, stream])
+def test_what_is_no_integer_is_refused_by_name(call, change, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its own check of annotations comes first
+    model, params = model_and_params("llama")
+    with pytest.raises(TypeError, match=message):
+        call(model, params, **({"prompts": PROMPTS, "tokens": 5, "temperature": 0} | change))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,19 @@ def test_damaged_llama2c_files_are_refused_with_their_sizes(tmp_path):
         load_decoder(tmp_path / "absent.bin")
 
 
+def test_weights_that_are_not_finite_or_too_large_are_named(tmp_path):
+    params = random_params(CONFIG)
+    for value, dtype, error, message in (
+        (np.nan, jnp.float32, ExchangeError, "model.bin: array 'output' has 1 entries that are NaN or infinite"),
+        (1e6, jnp.float16, ValueError, "dtype is float16; .*model.bin: array 'output' exceeds it"),
+    ):
+        layers = params["layers"] | {"output": params["layers"]["output"].at[1, 2, 3].set(value)}
+        (tmp_path / "model.bin").write_bytes(llama2c_bytes(params | {"layers": layers}, CONFIG))
+        with pytest.raises(error, match=message):
+            load_llama2c(tmp_path / "model.bin", dtype)
+    assert load_llama2c(tmp_path / "model.bin", jnp.bfloat16)[0]["norm"].dtype == jnp.bfloat16
+
+
 @needs_stories
 def test_the_facts_of_stories260k():
     params, config, tokenizer = load_decoder(STORIES / "stories260K.bin")

@@ -112,18 +112,24 @@ def test_narrow_inputs_are_turned_in_float32(dtype):
     np.testing.assert_array_equal(found, Rotary().rotate(x.astype(jnp.float32), positions).astype(dtype))
 
 
-@pytest.mark.parametrize("scaling", [("linear", 4.0), ("llama3", 32.0, 1.0, 4.0, 8192)])
-def test_frequencies_are_those_of_transformers(scaling):
+@pytest.mark.parametrize("theta", [77.7, 500000.0])
+@pytest.mark.parametrize("scaling", [None, ("linear", 3.3), ("llama3", 32.0, 1.0, 4.0, 8192)])
+def test_frequencies_are_those_of_transformers(scaling, theta):
+    """Within three units of the last place, also where an exponent such as 2 / 80 is rounded: a relative 1e-6 is
+    1e-3 radians at position 1000."""
     pytest.importorskip("torch")
-    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    pytest.importorskip("transformers")
     from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     names = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    said = {"rope_theta": 500000.0, **dict(zip(names, scaling, strict=False))}
-    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=said, max_position_embeddings=131072)
-    expected, factor = rope.ROPE_INIT_FUNCTIONS[scaling[0]](config, "cpu")
-    assert factor == 1.0
-    np.testing.assert_allclose(Rotary(500000.0, scaling=scaling).frequencies(64), expected.numpy(), rtol=1e-5)
+    said = {"rope_type": "default", "rope_theta": theta, **dict(zip(names, scaling or (), strict=False))}
+    config = LlamaConfig(hidden_size=320, num_attention_heads=4, rope_parameters=said, max_position_embeddings=131072)
+    embedding = LlamaRotaryEmbedding(config)
+    assert embedding.attention_scaling == 1.0
+    found = Rotary(theta, scaling=scaling).frequencies(80)
+    assert found.dtype == np.float32
+    np.testing.assert_array_max_ulp(found, embedding.inv_freq.numpy(), 3)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,7 @@ def test_frequencies_are_those_of_transformers(scaling):
     [
         ({"theta": 0.0}, "theta is 0.0; a base is positive"),
         ({"theta": math.inf}, "theta is inf"),
+        ({"theta": 10**400}, "theta is 1000"),
         ({"pairs": "thirds"}, "pairs|Literal"),
         ({"scaling": ("yarn", 4.0)}, r"scaling is \('yarn', 4.0\); allowed are None; \(linear, factor\); \(llama3,"),
         ({"scaling": ()}, r"scaling is \(\); allowed"),
