@@ -1,6 +1,7 @@
 """The recall task: the structure of its sequences, and a model of it."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,66 @@ def test_every_sequence_is_as_the_recipe_says():
         used = {0, *places, *(p + 1 for p in places), *asked, *(p + 1 for p in asked)}
         assert all(41 <= tokens[p] <= 61 for p in range(96) if p not in used)
         assert all(targets[p] == -1 for p in range(96) if p not in asked)
+
+
+def test_the_long_layout_is_as_it_says():
+    """Sixteen pairs, eight of them rehearsed, read back by a loop."""
+    data = recall.sequences(50, KEY, layout=recall.LONG)
+    for tokens, targets, rehearsed, unrehearsed in zip(*data, strict=True):
+        keys = [p for p in range(256) if 1 <= tokens[p] <= 20]
+        pairs, rehearsals, questions = keys[:16], keys[16:24], keys[24:]
+        assert all(place in range(1, 144, 2) for place in pairs)
+        assert all(place in range(146, 219, 2) for place in rehearsals)
+        assert questions == list(range(224, 256, 2))
+        values = {int(tokens[p]): int(tokens[p + 1]) for p in pairs}
+        assert len(values) == 16
+        asked = [*rehearsals, *questions]
+        assert [int(targets[p]) for p in asked] == [values[int(tokens[p])] for p in asked]
+        assert set(np.flatnonzero(targets >= 0)) == set(asked)
+        assert {int(tokens[p]) for p in questions} == set(values)
+        again = {int(tokens[p]) for p in rehearsals}
+        assert len(again) == 8
+        assert set(tokens[rehearsed]) == again
+        assert set(tokens[unrehearsed]) == set(values) - again
+
+
+def test_an_asked_pair_is_where_its_key_stood_first():
+    data = recall.sequences(50, KEY)
+    places = recall.asked_pairs(data.tokens, data.targets)
+    assert ((places >= 0) == (data.targets >= 0)).all()
+    for row, column in zip(*np.nonzero(data.targets >= 0), strict=True):
+        place = places[row, column]
+        assert place in range(1, 36, 2)
+        assert data.tokens[row, place] == data.tokens[row, column]
+        assert data.tokens[row, place + 1] == data.targets[row, column]
+
+
+def test_without_rehearsals_filler_stands_in_their_place():
+    data = recall.sequences(500, KEY)
+    bare = recall.without_rehearsals(data, stream(5, "test"))
+    early = (data.targets >= 0) & (np.arange(96) < 80)
+    gone = early | np.roll(early, 1, axis=1)
+    np.testing.assert_array_equal(bare.tokens[~gone], data.tokens[~gone])
+    counts = np.bincount(bare.tokens[gone], minlength=62)
+    assert counts[:41].sum() == 0
+    mean = 500 * 8 / 21
+    assert np.abs(counts[41:] - mean).max() < 5 * np.sqrt(mean)
+    np.testing.assert_array_equal(bare.targets, np.where(early, -1, data.targets))
+    assert bare.rehearsed is data.rehearsed
+
+
+def test_layouts_that_do_not_fit_are_refused():
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"pairs": 19}, r"pair_places is \(1, 35\) and rehearsal_places \(38, 76\); each must rise"),
+        ({"length": 92}, "end before the questions at 76"),
+        ({"pair_places": (1, 37)}, "each must rise, pairs first"),
+        ({"pair_places": (1, 13)}, "pairs is 8; there is room for 1 to 7"),
+        ({"rehearsal_places": (70, 74)}, "rehearsed is 4; there is room for 1 to 3"),
+        ({"rehearsed": 0}, "rehearsed is 0; there is room for 1 to 8"),
+    )
+    for options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            recall.Layout(**options)
 
 
 def test_places_and_tokens_are_drawn_evenly():
