@@ -1,15 +1,21 @@
 """A decode step of Llama-7B over a one-bit cache, compiled here for chips that are not here.
 
-    python -m experiments.kvcache.serving_pod        # in the environment of `make aot`, which compiles 2 of 32 layers
+    python -m experiments.kvcache.serving_pod        # in the environment of `make aot`, which compiles 2 layers
 
 CQ-8c8b stores 32 KiB a token where bfloat16 takes 512 KiB. So 32 rows of 32,768 tokens fit on four TPU v5e chips of
 16 GB, and 64 on one H200, weights, codebooks and the exact window included; the dense cache alone would be 16 times
-as much. The compiler says what the step needs, a chip.
+as much. The compiler says what the step needs, a chip. With fewer than 32 layers, half as many are compiled too, and
+what a layer adds is added for each that is missing: from two layers that is within 2% of what 32 need.
+
+A step that decoded the cache before it reads it would compile as well. So the program must hold one kernel of
+`cache_decode` a layer, and temporaries of at most `MOST_TEMPORARY` of the model's cache: one layer decoded to
+bfloat16 would be half of it.
 """
 
 import argparse
 import functools
 import json
+import re
 from typing import Any
 
 import jax
@@ -30,16 +36,64 @@ LLAMA_7B = DecoderConfig(vocabulary=32_000, features=4096, layers=32, heads=32, 
 TOKENS, WINDOW = 32_768, 32
 TARGETS = {"v5e:2x2": 32, "h200": 64}
 """Rows."""
+MOST_TEMPORARY = 1 / 16
+"""Of the bytes of the whole cache, what a step may need besides."""
+_KERNEL = re.compile(
+    r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|tpu_custom_call)".*?op_name="[^"]*/cache_decode/', re.ASCII
+)
+_EACH_LAYER = ("kernels", "weight_bytes", "cache_bytes", "codebook_bytes", "temporary_bytes", "bytes_a_chip",
+               "dense_cache_bytes", "aliased_bytes")  # fmt: skip
+"""What grows with the layers."""
 _COLUMNS = ("query", "key", "value", "gate", "up")
 _ROWS = ("output", "down")
 
 
 def compile_step(target: str, layers: int = LLAMA_7B.layers) -> dict[str, Any]:
-    """Compile a step for a target; what it needs, a chip.
+    """Compile a step of that many layers for a target; what all layers of the model need, a chip.
 
     Raises:
-        RuntimeError: where it does not fit, or the cache is not updated in place.
+        RuntimeError: where a layer is read without its kernel, the cache is not updated in place or decoded beside
+            it, the model does not fit, or its dense cache would.
     """
+    if layers >= LLAMA_7B.layers:
+        return judged(_compiled(target, layers))
+    if layers < 2:
+        raise ValueError(f"layers is {layers}; two are needed, since half as many show what a layer adds")
+    return judged(_compiled(target, layers), _compiled(target, layers // 2))
+
+
+def judged(found: dict[str, Any], fewer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a program of all layers needs, a chip, from what one of some of them does, and one of ``fewer``.
+
+    Raises:
+        RuntimeError: see `compile_step`.
+    """
+    for one in (found, fewer or found):
+        if one["kernels"] != one["layers"]:
+            raise RuntimeError(f"{one['kernels']} kernels read the caches of {one['layers']} layers: {one}")
+        if one["aliased_bytes"] < 0.98 * one["cache_bytes"]:
+            raise RuntimeError(f"{one['aliased_bytes']} bytes are updated in place, not all of the cache: {one}")
+    whole = dict(found)
+    if fewer is not None:
+        missing, between = LLAMA_7B.layers - found["layers"], found["layers"] - fewer["layers"]
+        for name in _EACH_LAYER:
+            whole[name] += missing * (found[name] - fewer[name]) // between
+        whole["layers"], whole["compiled_layers"] = LLAMA_7B.layers, found["layers"]
+    most = MOST_TEMPORARY * whole["cache_bytes"]
+    if max(whole["temporary_bytes"], found["temporary_bytes"]) > most:
+        raise RuntimeError(f"{whole['temporary_bytes']} bytes of temporaries are more than {most:.0f}: {whole}")
+    fits(whole["bytes_a_chip"], whole["target"], whole)
+    if whole["dense_cache_bytes"] < chip_bytes(whole["target"]):
+        raise RuntimeError(f"the dense cache would fit as well: {whole}")
+    return whole
+
+
+def kernel_calls(text: str) -> int:
+    """Calls of `cache_decode`'s kernels in a compiled program."""
+    return sum(_KERNEL.search(line) is not None for line in text.splitlines())
+
+
+def _compiled(target: str, layers: int) -> dict[str, Any]:
     rows = TARGETS[target]
     config = DecoderConfig(**{**LLAMA_7B.__dict__, "layers": layers})
     mesh = Mesh(np.array(chips(target)), ("heads",))
@@ -76,10 +130,11 @@ def compile_step(target: str, layers: int = LLAMA_7B.layers) -> dict[str, Any]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = step.lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
-    used = used_bytes(compiled)
     dense = 2 * 2 * layers * config.kv_heads * config.head_dim * TOKENS * rows // mesh.size
-    found = {
+    return {
         "target": target,
+        "layers": layers,
+        "kernels": kernel_calls(str(compiled.as_text())),
         "chips": mesh.size,
         "rows": rows,
         "tokens": TOKENS,
@@ -89,15 +144,10 @@ def compile_step(target: str, layers: int = LLAMA_7B.layers) -> dict[str, Any]:
         "cache_bytes": stored_bytes(cache.layers) // mesh.size,
         "codebook_bytes": stored_bytes(tables) // mesh.size,
         "temporary_bytes": int(memory.temp_size_in_bytes),
-        "bytes_a_chip": used,
+        "bytes_a_chip": used_bytes(compiled),
         "dense_cache_bytes": dense,
+        "aliased_bytes": int(memory.alias_size_in_bytes),
     }
-    fits(used, target, found)
-    if memory.alias_size_in_bytes < 0.98 * found["cache_bytes"]:
-        raise RuntimeError(f"{memory.alias_size_in_bytes} bytes are updated in place, not all of the cache: {found}")
-    if layers == LLAMA_7B.layers and dense < chip_bytes(target):
-        raise RuntimeError(f"the dense cache would fit as well: {found}")
-    return found
 
 
 def _step(model: Any, spec: CacheSpec, params: Any, tables: Any, cache: Any, token: Any) -> Any:

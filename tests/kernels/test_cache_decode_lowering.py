@@ -120,6 +120,11 @@ REFUSED: list[tuple[Any, shapes.Case, str]] = [
     (pallas_mosaic_tpu, SMALL._replace(keys=IntegerFormat(1, 32)), r"key_format is IntegerFormat\(bits=1"),
     (pallas_mosaic_tpu, SMALL._replace(values=CoupledFormat(16), width=64), r"value_format is CoupledFormat\(chan"),
     (pallas_mosaic_tpu, SMALL._replace(keys=KIVI2, width=64), r"key_format is KiviFormat\(bits=2"),
+    (
+        pallas_mosaic_tpu,
+        SMALL._replace(keys=KiviFormat(2, 64), values=KiviFormat(2, 8), slots=1024),
+        r"value_format is KiviFormat\(bits=2, group=8\), whose scales of 1024 slots are 128",
+    ),
     (pallas_mosaic_tpu, SMALL._replace(keys=KIVI2, pairs="half"), "rotation is given with KIVI keys"),
     (pallas_mosaic_tpu, SMALL._replace(keys=CQ8, pairs="half", width=64), "half of 8 codes"),
     (pallas_mosaic_tpu, SMALL._replace(keys=DenseFormat(), pairs="interleaved"), "pairs are interleaved"),

@@ -45,11 +45,14 @@ def cache_decode(
             ``h // (Hq / H)``.
         keys, values: arrays of their formats, see `hashml_kernels.cache_decode.formats`.
         pos: absolute position of each slot's token, -1 for empty ones; one line for all key heads, or one each.
+            What lies in empty slots, NaN included, has no effect.
         query_pos: position of each row's query.
         key_format, value_format: how they lie in memory.
         window_keys, window_values, window_pos: exact tokens, keys rotated where the model rotates; all or none.
+            Places with position -1 are empty, too.
         rotation: frequencies ``[D / 2]`` in radians a position and which channels are pairs, for keys that are stored
-            unrotated; they are rotated at ``pos`` after decoding.
+            unrotated; they are rotated at ``pos`` after decoding, right up to angles of `sines.MOST_ANGLE`, that is
+            1,600,000 positions at frequency 1: beyond it the kernel for TPUs, which fuses no products, loses digits.
         sliding_window: how many last positions a query sees; None: all.
         implementation: ``"auto"`` picks the platform's kernel where it serves the problem, else XLA. A
             kernel asked for by name is interpreted on a CPU, slowly: that is for tests.

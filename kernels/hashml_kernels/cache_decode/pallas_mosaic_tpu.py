@@ -53,7 +53,8 @@ def check(operands: Operands, geometry: DecodeGeometry) -> None:
 
     Raises:
         NotImplementedError: for other widths than 64 and 128, more than 8 query heads a key head, fewer than 128
-            slots, formats whose channels do not fill sublanes, some rotations, and tables beyond vector memory.
+            slots, formats whose channels do not fill sublanes, KIVI groups of very different sizes, some rotations,
+            and tables beyond vector memory.
     """
     batch, heads, queries, slots, width = operands.sizes
     if width not in _WIDTHS:
@@ -80,7 +81,14 @@ def check(operands: Operands, geometry: DecodeGeometry) -> None:
                 )
     if geometry.pairs is not None:
         _check_rotation(geometry, width)
-    bytes_held = _Plan.of(operands, geometry).vector_bytes(operands, geometry)
+    plan = _Plan.of(operands, geometry)
+    for name, form in (("key_format", geometry.keys), ("value_format", geometry.values)):
+        if isinstance(form, KiviFormat) and plan.slots // form.group >= _LANES:
+            raise NotImplementedError(
+                f"{name} is {form}, whose scales of {plan.slots} slots are {plan.slots // form.group} a channel; "
+                f"the TPU kernel takes fewer than {_LANES}; auto uses XLA"
+            )
+    bytes_held = plan.vector_bytes(operands, geometry)
     if bytes_held > _VECTOR_BYTES:
         raise NotImplementedError(
             f"{heads} key heads of {queries} query heads need {bytes_held} bytes of vector memory; the TPU kernel "
@@ -200,6 +208,7 @@ def _decode(form: Format, leaves: Any, h: Any, width: int, valid: Any) -> list[A
     codes = leaves[0][0, h].astype(jnp.int32)
     if isinstance(form, CoupledFormat):
         table, rows = leaves[1], width // stride
+        codes = codes.T if rows == _LANES else codes
         low, second = codes & (_LANES - 1), codes >= _LANES
 
         def entry(t: int) -> Any:

@@ -39,10 +39,11 @@ from hashml_kernels.triton_arithmetic import count_to, fused, unfused
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _WIDTHS = (16, 256)
-_MOST_QUERIES = 8  # of one program; more go to several, which read the bytes again
+_MOST_QUERIES = 8  # of one program, fewer for wide heads; more go to several, which read the bytes again
 _TURNED = 4  # queries of one program, over several key heads, that meet keys turned by the same sines
 _WARPS = 4
-_NUMBERS = 32  # of one query's output that a thread holds
+_NUMBERS = 32  # of all outputs of a program that a thread holds: with 64, the compiler spills registers
+_TILE = 8  # slots at least
 _STEP = 32  # slots whose bytes are asked for together, at least
 _PROGRAMS = 16 * 132  # some four a multiprocessor of an H200 at a time, in several turns
 _PART = 256  # slots of a program at least, where slots are split
@@ -109,7 +110,7 @@ class _Plan(NamedTuple):
     heads: int
     """Key heads of a program: several where they share positions, whose sines are then computed once."""
     shares: int
-    """Programs that the query heads of one key head are dealt to."""
+    """Programs that the query heads of one key head are dealt to; the last may have fewer than `queries`."""
     tile: int
     """Slots of a tile."""
     tiles: int
@@ -122,20 +123,22 @@ class _Plan(NamedTuple):
     @staticmethod
     def of(operands: Operands, geometry: DecodeGeometry) -> "_Plan":
         batch, heads, queries, slots, width = operands.sizes
-        share = max(n for n in range(1, min(queries, _MOST_QUERIES) + 1) if queries % n == 0)
-        together = 1
+        held = _NUMBERS * 32 * _WARPS // width  # slots times queries
+        most = min(_MOST_QUERIES, held // _TILE)
+        shares = pl.cdiv(queries, most)
+        share, together = pl.cdiv(queries, shares), 1
         if geometry.pairs is not None and operands.pos.shape[1] == 1:
-            together = max(n for n in range(1, max(_TURNED // queries, 1) + 1) if heads % n == 0)
-        fit = _NUMBERS * 32 * _WARPS // (width * pl.next_power_of_2(share * together))
+            together = max(n for n in range(1, max(min(_TURNED, most) // queries, 1) + 1) if heads % n == 0)
+        fit = held // pl.next_power_of_2(share * together)
         groups = [form.group for form in (geometry.keys, geometry.values) if isinstance(form, KiviFormat)]
-        tile = min([max(fit, 8), 64, *groups])
+        tile = min([max(fit, _TILE), 64, *groups])
         tiles = max(1, _STEP // (tile * together))
         step = tile * tiles
-        programs = batch * heads // together * (queries // share)
+        programs = batch * heads // together * shares
         wanted = pl.cdiv(_PROGRAMS, programs)
         parts = max(1, min(wanted, slots // _PART))
         steps = pl.cdiv(slots, parts * step)
-        return _Plan(share, together, queries // share, tile, tiles, steps, pl.cdiv(slots, steps * step))
+        return _Plan(share, together, shares, tile, tiles, steps, pl.cdiv(slots, steps * step))
 
 
 # --- inside the kernel ----------------------------------------------------------------------------
@@ -324,7 +327,9 @@ def partials(operands: Operands, geometry: DecodeGeometry, *, interpret: bool = 
         )
 
     one = operands.pos.shape[1] == 1
-    q = operands.q.reshape(batch, programs, together, width)
+    # Query heads of zeros fill the last share up.
+    q = jnp.pad(operands.q, ((0, 0), (0, 0), (0, shares * plan.queries - queries), (0, 0)))
+    q = q.reshape(batch, programs, together, width)
     extra = [] if operands.frequencies is None else [operands.frequencies]
     leaves = [*operands.keys, *operands.values]
     fields = [*operands.keys._fields, *operands.values._fields]
@@ -354,5 +359,6 @@ def partials(operands: Operands, geometry: DecodeGeometry, *, interpret: bool = 
         name="cache_decode",
     )(q, operands.pos, operands.query_pos, *leaves, *extra)
     shape = (batch, heads // plan.heads, shares, plan.parts, together)
-    out = out.reshape(*shape, width).transpose(0, 1, 2, 4, 3, 5).reshape(batch, heads, queries, plan.parts, width)
-    return out, lse.reshape(shape).transpose(0, 1, 2, 4, 3).reshape(batch, heads, queries, plan.parts)
+    out = out.reshape(*shape, width).transpose(0, 1, 2, 4, 3, 5).reshape(batch, heads, -1, plan.parts, width)
+    lse = lse.reshape(shape).transpose(0, 1, 2, 4, 3).reshape(batch, heads, -1, plan.parts)
+    return out[:, :, :queries], lse[:, :, :queries]

@@ -96,6 +96,7 @@ def step(operands: Operands, geometry: DecodeGeometry, window: Window | None) ->
         )
         recent = seen(window[2], operands.query_pos, geometry.sliding_window)[:, None]
         valid = jnp.concatenate([valid, jnp.broadcast_to(recent, (batch, heads, recent.shape[2]))], axis=2)
+    values = jnp.where(valid[..., None], values, 0.0)  # nothing times what lies in an empty slot may be NaN
     valid = valid[:, :, None]
     logits = jnp.where(valid, jnp.einsum("bhjd,bhcd->bhjc", operands.q, keys, precision="highest"), MASKED)
     lse = jax.nn.logsumexp(logits, axis=-1, where=jnp.broadcast_to(valid, logits.shape))

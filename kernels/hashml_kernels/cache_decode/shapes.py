@@ -125,14 +125,29 @@ LLAMA_3_8B = (
     Case("llama3_cq8c8b_own_b8_4k", 8, 32, 8, 4096, CQ8, CQ8, "half", own_positions=True),
 )
 
+# Eight query heads share a key head.
+LLAMA_3_70B = (
+    Case("llama3_70b_int4_b8_32k", 8, 64, 8, 32768, INT4, INT4),
+    Case("llama3_70b_kivi2_b8_32k", 8, 64, 8, 32768, *KIVI2),
+    Case("llama3_70b_cq8c8b_b8_32k", 8, 64, 8, 32768, CQ8, CQ8, "half"),
+)
+
+# One key head, of width 256.
+GEMMA_2B = (
+    Case("gemma2b_bf16_b8_8k", 8, 8, 1, 8192, DenseFormat(), DenseFormat(), width=256),
+    Case("gemma2b_int4_b8_8k", 8, 8, 1, 8192, INT4, INT4, width=256),
+    Case("gemma2b_cq8c8b_b8_8k", 8, 8, 1, 8192, CQ8, CQ8, "half", width=256),
+)
+
 ODD = (
     Case("ragged_int4", 3, 6, 2, 201, IntegerFormat(4, 32), IntegerFormat(2, 64), width=64),
     Case("ragged_kivi2", 2, 2, 2, 224, KiviFormat(2, 32), IntegerFormat(4, 32)),
     Case("ragged_cq", 2, 4, 1, 133, CoupledFormat(4), CoupledFormat(8), "interleaved", 64, own_positions=True),
+    Case("ragged_cq1", 2, 10, 2, 150, CoupledFormat(1), CoupledFormat(1), "half"),
     Case("odd_width", 2, 3, 1, 50, IntegerFormat(3, 8), CoupledFormat(3, 10), "half", 24),
 )
 
-CASES = LLAMA_7B + LLAMA_3_8B + ODD
+CASES = LLAMA_7B + LLAMA_3_8B + LLAMA_3_70B + GEMMA_2B + ODD
 
 
 def problems() -> Iterator[Problem]:

@@ -135,6 +135,10 @@ class Tile:
         )
 
     def numbers(self, piece: Piece, fma: Any) -> Any:
-        """Decoded, ``[slots, units, across]``."""
+        """Decoded, ``[slots, units, across]``; finite in slots that are not valid, whatever lies there."""
         raw, affine = self.raw(piece), self.affine(piece)
-        return raw if affine is None else fma(raw, *affine)
+        if affine is None:
+            return raw
+        decoded = fma(raw, *affine)
+        # A block without a valid slot has scales that nobody wrote; other scales are not read where masked.
+        return jnp.where(self.valid[:, None, None], decoded, 0.0) if isinstance(self.form, KiviFormat) else decoded

@@ -55,14 +55,16 @@ def partials(operands: Operands, geometry: DecodeGeometry) -> tuple[Array, Array
             pos=lax.dynamic_slice_in_dim(operands.pos, first, size, 2),
         )
         fresh = first + jnp.arange(size, dtype=jnp.int32) >= index * size
-        valid = (seen(part.pos, part.query_pos, geometry.sliding_window) & fresh)[:, :, None]
+        held = seen(part.pos, part.query_pos, geometry.sliding_window) & fresh
+        valid = held[:, :, None]
         logits = jnp.einsum("bhjd,bhcd->bhjc", part.q, keys_of(part, geometry), precision="highest")
         logits = jnp.where(valid, logits, MASKED)
         most, total, out = state
         higher = jnp.maximum(most, logits.max(axis=-1))
         kept = jnp.exp(most - higher)
         probs = jnp.where(valid, jnp.exp(logits - higher[..., None]), 0.0)
-        values = decode(geometry.values, part.values, width)
+        # Zero times what lies in an empty slot may be NaN; XLA decodes and selects in one loop.
+        values = jnp.where(held[..., None], decode(geometry.values, part.values, width), 0.0)
         out = out * kept[..., None] + jnp.einsum("bhjc,bhcd->bhjd", probs, values, precision="highest")
         return (higher, total * kept + probs.sum(axis=-1), out), None
 
@@ -104,12 +106,14 @@ def merge(out: Array, lse: Array) -> tuple[Array, Array]:
 def exact(q: Array, window: tuple[Array, Array, Array], query_pos: Array, sliding_window: int | None):
     """The attention over the exact window alone, as a part for `merge`: ``([B, H, J, D], [B, H, J])``."""
     keys, values, pos = window
-    valid = seen(pos, query_pos, sliding_window)[:, None, None]
+    held = seen(pos, query_pos, sliding_window)[:, None, :, None]
+    values = jnp.where(held, values.astype(jnp.float32), 0.0)  # what lies in empty places may be NaN
+    valid = held.swapaxes(2, 3)
     logits = jnp.einsum("bhjd,bhrd->bhjr", q, keys.astype(jnp.float32), precision="highest")
     logits = jnp.where(valid, logits, MASKED)
     top = logits.max(axis=-1)
     probs = jnp.where(valid, jnp.exp(logits - top[..., None]), 0.0)
     total = probs.sum(axis=-1)
     least = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    out = jnp.einsum("bhjr,bhrd->bhjd", probs, values.astype(jnp.float32), precision="highest") / least[..., None]
+    out = jnp.einsum("bhjr,bhrd->bhjd", probs, values, precision="highest") / least[..., None]
     return out, jnp.where(total > 0, top + jnp.log(least), MASKED)
