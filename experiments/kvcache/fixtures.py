@@ -28,7 +28,7 @@ from hashml.kvcache.coupled import Coupled
 from hashml.kvcache.kvquant import NonUniformKeys
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.state import LayerTables
-from hashml.kvcache.think import ThinK
+from hashml.kvcache.tables import bare
 from hashml.models.decoder import Params, decoder_model
 from hashml.models.generation import generate
 
@@ -235,6 +235,5 @@ def row_of(
 
 
 def codecs_of(layer: LayerSpec) -> tuple[Codec, Codec]:
-    """Codecs of keys and values; of keys with fewer channels, the codec behind the choice."""
-    keys = layer.key_codec
-    return (keys.inner if isinstance(keys, ThinK) else keys), layer.value_codec
+    """Codecs of keys and values; behind a choice of channels, or beside exact first tokens, the one that codes."""
+    return bare(layer.key_codec), bare(layer.value_codec)

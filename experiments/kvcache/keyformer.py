@@ -4,11 +4,12 @@
 
 Loss of a language model (``f1``, held-out WikiText-2, tokens after the middle of 256) and accuracy of a recall model
 (final questions of 96 tokens), every token through the cache, at 70, 50 and 30 % of a sequence's tokens. Of these
-30 % are the recent window, as in the released code, for every policy but the plain window, which is all window. H2O,
-random eviction and Keyformer remember a float32 for each slot and so take equal bytes at equal tokens; the window
-gets the same bytes. ``temperature`` is Keyformer without its noise, ``noise`` is Keyformer at temperature 1. There
-is no prompt: the temperature rises from 1 to 2 over the sequence. What draws noise, random eviction too, is run with
-several noise seeds on every model, whose mean is one number of that model; intervals are over models.
+30 % are the recent window, as in the released code, for every policy but the plain window, which is all window. H2O
+and Keyformer remember a float32 for each slot and so take equal bytes at equal tokens; the window and random
+eviction, which remember nothing, get the same bytes and with them a few tokens more. ``temperature`` is Keyformer
+without its noise, ``noise`` is Keyformer at temperature 1. There is no prompt: the temperature rises from 1 to 2 over
+the sequence. What draws noise, random eviction too, is run with several noise seeds on every model, whose mean is one
+number of that model; intervals are over models.
 
 Apart from this, on exact attention: the share of each query's attention that the best 10 to 60 % of its keys get.
 The sign of Keyformer less H2O is no claim: the table shows it with its interval.
@@ -151,8 +152,8 @@ def layers_of(config: Config, cell: Cell) -> tuple[LayerSpec, ...]:
     tokens = int(setting.tokens * cell.kept)
     setting = dataclasses.replace(setting, window=max(1, int(RECENT * tokens)))
     own = policy(cell.method, setting)
-    if cell.method == "window":
-        return in_bytes("window", setting, row_bytes(setting, in_tokens("keyformer", setting, tokens)))
+    if cell.method in ("window", "random"):
+        return in_bytes(cell.method, setting, row_bytes(setting, in_tokens("keyformer", setting, tokens)))
     return in_tokens("keyformer" if own else cell.method, setting, tokens, own)
 
 

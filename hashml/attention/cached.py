@@ -37,6 +37,7 @@ from hashml.kvcache import (
     evict,
     prefill,
 )
+from hashml.kvcache.noise import layer_keys
 from hashml.models.decoder import DecoderModel
 
 
@@ -231,15 +232,16 @@ def sparse_decode_step(
     pos = cache.length[:, None]
     x = model.embed(params, token[:, None])
     layers, indexes, previous = [], [], []
-    noise = jax.random.fold_in(cache.key, cache.step)
+    # Draws of a selector are one for all rows, and anew at every step.
+    noise = jax.random.fold_in(cache.key[0], cache.step)
     for place, (layer, known) in enumerate(zip(spec.layers, tables, strict=True)):
-        own = jax.random.fold_in(noise, place)
+        own, keys = jax.random.fold_in(noise, place), layer_keys(cache.key, place)
 
-        def attend(q: Array, k: Array, v: Array, place=place, layer=layer, known=known, own=own) -> tuple:
+        def attend(q: Array, k: Array, v: Array, place=place, layer=layer, known=known, own=own, keys=keys) -> tuple:
             before = cache.layers[place]
             stored = layer.rotary.rotate(k, pos[:, None]) if layer.rope == "write" and layer.rotary is not None else k
-            held = evict(layer, known, before, cache.head, cache.length)
-            held = append(layer, known, held, cache.head, stored, v, pos, cache.length)
+            held = evict(layer, known, before, cache.head, cache.length, keys)
+            held = append(layer, known, held, cache.head, stored, v, pos, cache.length, keys)
             index = _indexed(reads, layer, known, before, held, state.indexes[place])
             out, _ = sparse_attend(reads, layer, known, held, index, q, pos, own)
             return out, (held, index)

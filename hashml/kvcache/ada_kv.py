@@ -8,7 +8,8 @@ Some heads look at few tokens, others everywhere. Of a layer with H heads and ``
 and each head keeps that many of its own best, by SnapKV's scores, beside the window. ``floor`` = 1 gives equal
 budgets, hence SnapKV; 0 keeps the largest sum of scores that a layer can. Caps are found once, from the prompt.
 Tokens that come later get ``later`` slots more in every head, and none of the prompt's leaves for them until these
-are full; slots beyond both stay empty, so that memory is saved only where the layout has pages.
+are full; slots beyond both stay empty, so that memory is saved only where the layout has pages. Where slots share
+scales budgets are whole blocks of them, the nearest number.
 """
 
 import dataclasses
@@ -46,7 +47,10 @@ def ada_budgets(scores: Float[Array, "B H T"], base: int, floor: float | int) ->
     return jnp.round((1 - floor) * count + int(floor * base)).astype(jnp.int32)
 
 
-def ada_pages(heads: int, base: int, later: int, page_size: int) -> int:
+def ada_pages(
+    heads: int, base: int, later: int, page_size: int, *, floor: float | int = 0.5, least: int = 1,
+    granularity: int = 1,
+) -> int:  # fmt: skip
     """Pages of a row that are enough however `ada_budgets` splits them: each head's last page may be a part of one.
 
     Args:
@@ -54,9 +58,15 @@ def ada_pages(heads: int, base: int, later: int, page_size: int) -> int:
         base: c, tokens that a head keeps on average.
         later: slots of every head for tokens after the prompt.
         page_size: tokens of a page.
+        floor: share of ``base`` that every head has.
+        least: slots that every head has whatever its budget, for sinks or the tokens that leave the window together.
+        granularity: slots that share a scale; budgets are multiples of it.
     """
-    # A budget is rounded up by half a token at most.
-    return math.ceil(heads * (base + 0.5 + later + page_size - 1) / page_size)
+    # A budget is rounded up by half a token and half a block at most, and heads but one may be lifted to the least.
+    least = math.ceil(least / granularity) * granularity
+    lifted = max(0, least - int(floor * base))
+    held = max(base, least) + 0.5 + granularity // 2 + later
+    return math.ceil((heads * (held + page_size - granularity) + (heads - 1) * lifted) / page_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +76,8 @@ class AdaKV(SnapKV):
     Attributes:
         base: c, main slots that a head has on average; the layer's ``slots`` bound what one can get.
         floor: share of it that every head has.
-        later: main slots of every head beyond its budget, for tokens that come after the prompt.
+        later: main slots of every head beyond its budget, for tokens that come after the prompt; whole blocks where
+            slots share scales.
         queries, kernel, pooling: as in `SnapKV`.
 
     Raises:
@@ -90,10 +101,13 @@ class AdaKV(SnapKV):
         if spec.slots < self.base + self.later:
             raise ValueError(f"slots is {spec.slots}; it must be at least base, {self.base}, the mean over heads, "
                              f"and later, {self.later}, together")  # fmt: skip
-        if spec.granularity > 1:
-            raise ValueError(
-                f"slots share scales by {spec.granularity}; budgets of heads need codecs where they do not"
-            )
+        if self.later % spec.granularity:
+            raise ValueError(f"later is {self.later}; it must be a multiple of {spec.granularity}, the slots that "
+                             f"share a scale")  # fmt: skip
+
+    def resized(self, slots: int, of: int) -> "AdaKV":
+        share = max(0, slots - self.later), max(1, of - self.later)
+        return dataclasses.replace(self, base=max(1, self.base * share[0] // share[1]))
 
     def caps(self, spec: LayerSpec, score: Float[Array, "B H T"], pos: Int32[Array, "B T"]) -> Int32[Array, "B H"]:
         """Main slots that a prompt may fill in each head, from its tokens' scores at ``pos`` (-1 for padding)."""
@@ -101,4 +115,7 @@ class AdaKV(SnapKV):
         score = jnp.where((pos < spec.sinks)[:, None], jnp.inf, score)
         main = (pos >= 0) & ~newest(pos, spec.window)
         budgets = ada_budgets(jnp.where(main[:, None], score, -jnp.inf), self.base, self.floor)
-        return jnp.clip(budgets, max(spec.sinks, spec.flush, 1), spec.slots - self.later)
+        grain = spec.granularity
+        budgets = (budgets + grain // 2) // grain * grain
+        least = -(-max(spec.sinks, spec.flush, 1) // grain) * grain
+        return jnp.clip(budgets, least, spec.slots - self.later)

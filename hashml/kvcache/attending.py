@@ -11,10 +11,10 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from hashml.kvcache.contract import MASKED, Attention, masked_softmax
+from hashml.kvcache.contract import MASKED, Attention, Queries, masked_softmax
+from hashml.kvcache.reading import read_logits, read_values
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.state import LayerCache, LayerTables, all_positions
-from hashml.kvcache.store import view
 
 
 def stored_keys(spec: LayerSpec, k: Float[Array, "B H n D"], pos: Int32[Array, "B n"]) -> Float[Array, "B H n D"]:
@@ -53,11 +53,9 @@ def attend(
 
     window = rotate(layer.window_keys.astype(jnp.float32), places[:, :, spec.slots :])
     parts = [jnp.einsum("bhjnd,bhrd->bhjnr", grouped, window)]
-    keys, values = view(spec, layer)
     if spec.slots:
-        reads = spec.rope in ("read", "slot")
-        turn = (lambda x: rotate(x, places[:, :, : spec.slots])) if reads else None
-        parts.insert(0, spec.key_codec.logits(tables.keys, keys, grouped, turn))
+        main = places[:, :, : spec.slots] if spec.rope in ("read", "slot") else None
+        parts.insert(0, read_logits(spec, tables, layer, grouped, main))
     logits = jnp.concatenate(parts, axis=-1)
     valid = (pos >= 0)[:, :, None] & (pos[:, :, None] <= query_pos[:, None, :, None])
     if spec.sliding_window is not None:
@@ -65,15 +63,18 @@ def attend(
     valid = valid[:, :, None]
     logits = jnp.where(valid, logits, MASKED)
     probs = masked_softmax(logits, valid)
-    out = jnp.einsum("bhjnr,bhrd->bhjnd", probs[..., spec.slots :], layer.window_values.astype(jnp.float32))
+    out = jnp.einsum("bhjnr,bhrd->bhjnd", probs[..., spec.slots :], ring_values(layer).astype(jnp.float32))
     if spec.slots:
-        out = out + spec.value_codec.weighted_sum(tables.values, values, probs[..., : spec.slots])
+        out = out + read_values(spec, tables, layer, probs[..., : spec.slots])
     return out.reshape(q.shape).astype(q.dtype), Attention(logits, probs, valid)
 
 
-def observe(
-    spec: LayerSpec, layer: LayerCache, attention: Attention, key: Array, step: Int32[Array, ""]
-) -> LayerCache:
-    """Shows a step's attention to the policy."""
+def ring_values(layer: LayerCache) -> Float[Array, "B H R D"]:
+    """Values of the window, zeros at empty entries, of which an ended request may have left NaN."""
+    return jnp.where((layer.window_pos >= 0)[:, None, :, None], layer.window_values, 0)
+
+
+def observe(spec: LayerSpec, layer: LayerCache, attention: Attention, queries: Queries) -> LayerCache:
+    """Shows a step's attention, and who asked, to the policy."""
     pos = all_positions(spec, layer)
-    return layer._replace(policy=spec.policy.observe(spec, layer.policy, attention, pos, key, step))
+    return layer._replace(policy=spec.policy.observe(spec, layer.policy, attention, pos, queries))

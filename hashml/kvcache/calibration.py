@@ -10,21 +10,21 @@ weighted:
 
 plus ``1e-12 mean(w)``, so that tokens without a gradient make no cluster empty. The gradients come from adding
 arrays of zeros to keys and values and differentiating with respect to these. The codebooks are those of
-`hashml.kvcache.coupled` and `hashml.kvcache.kvquant`; the same file writes and reads them.
+`hashml.kvcache.coupled` and `hashml.kvcache.kvquant`; `hashml.kvcache.tables` writes and reads them.
 """
 
+import dataclasses
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hashml.coding.kmeans import kmeans
-from hashml.exchange import load_module, save_module
 from hashml.kvcache.contract import Codec
 from hashml.kvcache.coupled import Coupled
 from hashml.kvcache.kvquant import NonUniformKeys, NonUniformValues, normalise, snap, token_outliers, token_range
@@ -34,7 +34,11 @@ from hashml.models.exact_attention import causal_attention
 
 AnyArray = Array | np.ndarray
 Progress = Callable[[int, int], None]
-"""Told ``(done, total)`` tensors, a layer's keys and its values being two."""
+"""Told ``(done, total)`` steps: an array of tokens that has been through the model, forward and back, is one, and
+what has been learned of a layer's keys, or of its values, is another."""
+
+TOKENS = 16 * 2048
+"""Calibration tokens of the papers."""
 
 
 class Activations(NamedTuple):
@@ -52,6 +56,7 @@ def collect(
     sequences: Iterable[Int[AnyArray, "*B T"]],
     *,
     memory: int = 2**30,
+    tokens: int = TOKENS,
 ) -> Iterator[Activations]:
     """Activations of layer after layer, float32 on the host.
 
@@ -62,31 +67,53 @@ def collect(
             padding. An array is taken through the model at once, and each shape is compiled once.
         memory: bytes of activations that may be held together. As many layers as fit in it, at least one, come
             from one pass over the sequences.
+        tokens: no further array is taken when there are so many, so that ``sequences`` may be without an end; the
+            last one is taken whole.
 
     Raises:
-        ValueError: if there is no sequence, or one is too short or no sequence at all.
+        ValueError: if there is no sequence, or one is too short or no sequence at all, or for less than one token.
     """
-    batches = [np.atleast_2d(np.asarray(tokens)) for tokens in sequences]
-    if not batches:
-        raise ValueError("sequences is empty; calibration needs at least one")
-    for tokens in batches:
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise ValueError(f"sequences holds an array of shape {tokens.shape}; allowed are [T] and [B, T] with T "
+    batches = _arrays(sequences, tokens)
+    return _layers(model, params, batches, _at_once(model, batches, memory), lambda: None)
+
+
+def _arrays(sequences: Iterable[AnyArray], tokens: int) -> list[np.ndarray]:
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; it must be at least 1")
+    found: list[np.ndarray] = []
+    held = 0
+    for sequence in sequences:
+        array = np.atleast_2d(np.asarray(sequence))
+        if array.ndim != 2 or array.shape[1] < 2:
+            raise ValueError(f"sequences holds an array of shape {array.shape}; allowed are [T] and [B, T] with T "
                              f"at least 2, since the loss is of next tokens")  # fmt: skip
-    return _layers(model, params, batches, memory)
+        found.append(array)
+        held += array.size
+        if held >= tokens:
+            break
+    if not found:
+        raise ValueError("sequences is empty; calibration needs at least one")
+    return found
 
 
-def _layers(model: DecoderModel, params: Params, batches: list[np.ndarray], memory: int) -> Iterator[Activations]:
+def _at_once(model: DecoderModel, batches: list[np.ndarray], memory: int) -> int:
+    """Layers whose activations come from one pass."""
     config = model.config
-    predictions = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens in batches)
     layer_bytes = 4 * 4 * sum(tokens.size for tokens in batches) * config.kv_heads * config.head_dim
-    at_once = max(1, min(config.layers, memory // layer_bytes))
-    for start in range(0, config.layers, at_once):
+    return max(1, min(config.layers, memory // layer_bytes))
+
+
+def _layers(
+    model: DecoderModel, params: Params, batches: list[np.ndarray], at_once: int, tell: Callable[[], None]
+) -> Iterator[Activations]:
+    predictions = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens in batches)
+    for start in range(0, model.config.layers, at_once):
         taken = slice(start, start + at_once)
         parts: list[tuple[np.ndarray, ...]] = []
         for tokens in batches:
             found = _activations(model, params, jnp.asarray(tokens), 1.0 / predictions)
             parts.append(tuple(np.asarray(x[taken], np.float32) for x in found))
+            tell()
         held = [np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)]
         del parts
         for index in range(held[0].shape[0]):
@@ -134,7 +161,6 @@ def _activations(
 # --- coupled --------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("codec", "iterations", "at_once"))
 def learn_coupled(
     key: PRNGKeyArray,
     codec: Coupled,
@@ -155,10 +181,28 @@ def learn_coupled(
         at_once: codebooks that are learned together; more of them keep an accelerator busy.
 
     Raises:
-        ValueError: if the codec does not fit the width.
+        ValueError: if the codec does not fit the width, or ``x`` or ``gradients`` are not finite.
     """
+    codec.check(x.shape[-1])
+    _check_finite(x=x, gradients=gradients)
+    return _learn_coupled(key, codec, x, gradients, iterations=iterations, at_once=at_once)
+
+
+def _check_finite(**arrays: AnyArray | None) -> None:
+    """Raises ValueError for a NaN or an infinity, of which k-means would make books of nothing else."""
+    for name, x in arrays.items():
+        if x is None or isinstance(x, Tracer):
+            continue
+        broken = x.size - int(np.isfinite(np.asarray(x, np.float32)).sum())
+        if broken:
+            raise ValueError(f"{name}: {broken} of {x.size} values are not finite; nothing can be learned of them")
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "iterations", "at_once"))
+def _learn_coupled(
+    key: PRNGKeyArray, codec: Coupled, x: AnyArray, gradients: AnyArray | None, *, iterations: int, at_once: int
+) -> dict[str, Array]:
     count, heads, width = x.shape
-    codec.check(width)
     groups = width // codec.channels
 
     def split(x: Array) -> Array:
@@ -196,6 +240,7 @@ def calibrate_coupled(
     fisher: bool = True,
     iterations: int = 100,
     memory: int = 2**30,
+    tokens: int = TOKENS,
     at_once: int = 1,
     progress: Progress | None = None,
 ) -> tuple[LayerTables, ...]:
@@ -203,19 +248,23 @@ def calibrate_coupled(
 
     Args:
         key: of the seeds of k-means.
-        model, params, sequences, memory: see `collect`; the paper takes 16 sequences of 2048 tokens.
+        model, params, sequences, memory, tokens: see `collect`; the paper takes 16 sequences of 2048 tokens.
         codec: of keys, and of values unless they have a ``value_codec``.
         value_codec: of values.
         fisher: whether vectors are weighted by their gradients.
         iterations, at_once: see `learn_coupled`.
-        progress: called after every tensor.
+        progress: called after every array and every tensor.
+
+    Raises:
+        ValueError: for a codec or sequences that do not fit, or a layer with activations or gradients that are not
+            finite.
     """
 
     def learn(tensor_key: PRNGKeyArray, codec: Any, x: AnyArray, gradients: AnyArray | None) -> dict[str, Array]:
         return learn_coupled(tensor_key, codec, x, gradients, iterations=iterations, at_once=at_once)
 
     codecs = codec, codec if value_codec is None else value_codec
-    return _calibrate(key, model, params, sequences, codecs, learn, fisher, memory, progress)
+    return _calibrate(key, model, params, sequences, codecs, learn, fisher, (memory, tokens), progress)
 
 
 # --- non-uniform ----------------------------------------------------------------------------------
@@ -228,7 +277,7 @@ def learn_nonuniform(
     gradients: Float[AnyArray, "N H D"] | None = None,
     *,
     coverage: float | int | None = None,
-    q_norm: bool = False,
+    q_norm: bool | None = None,
     iterations: int = 50,
     values: int = 2**18,
 ) -> dict[str, Array]:
@@ -241,20 +290,23 @@ def learn_nonuniform(
         gradients: of the loss with respect to ``x``; ``None`` for uniform weights.
         coverage: the part of a key channel's values that lies in its range, the middle one; ``None`` is the
             paper's 0.99 where there are outliers, else 1.
-        q_norm: whether ``levels`` restore mean and deviation.
+        q_norm: whether ``levels`` restore mean and deviation; None: as the codec says.
         iterations: of Lloyd, at most.
         values: at most so many are drawn for k-means in one dimension; the paper takes all.
 
     Raises:
-        ValueError: if the codec does not fit the width, or ``coverage`` is not above 0 and at most 1.
+        ValueError: if the codec does not fit the width, ``coverage`` is not above 0 and at most 1, or ``x`` or
+            ``gradients`` are not finite.
     """
     coverage = coverage if coverage is not None else 0.99 if codec.outliers else 1.0
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage is {coverage}; it must be above 0 and at most 1")
     codec.check(x.shape[-1])
+    _check_finite(x=x, gradients=gradients)
+    plain = dataclasses.replace(codec, q_norm=False)  # the program is the same
     return _learn_nonuniform(
-        key, codec, jnp.asarray(x), None if gradients is None else jnp.asarray(gradients), jnp.float32(coverage),
-        q_norm=q_norm, iterations=iterations, values=values,
+        key, plain, jnp.asarray(x), None if gradients is None else jnp.asarray(gradients), jnp.float32(coverage),
+        q_norm=codec.q_norm if q_norm is None else q_norm, iterations=iterations, values=values,
     )  # fmt: skip
 
 
@@ -307,9 +359,10 @@ def calibrate_nonuniform(
     *,
     fisher: bool = True,
     coverage: float | int | None = None,
-    q_norm: bool = False,
+    q_norm: bool | None = None,
     iterations: int = 50,
     memory: int = 2**30,
+    tokens: int = TOKENS,
     progress: Progress | None = None,
 ) -> tuple[LayerTables, ...]:
     """Ranges and signposts of every layer; arguments as in `calibrate_coupled` and `learn_nonuniform`."""
@@ -320,7 +373,7 @@ def calibrate_nonuniform(
         )  # fmt: skip
 
     codecs = key_codec, value_codec
-    return _calibrate(key, model, params, sequences, codecs, learn, fisher, memory, progress)
+    return _calibrate(key, model, params, sequences, codecs, learn, fisher, (memory, tokens), progress)
 
 
 def _calibrate(
@@ -331,66 +384,36 @@ def _calibrate(
     codecs: tuple[Codec, Codec],
     learn: Callable[[PRNGKeyArray, Any, AnyArray, AnyArray | None], dict[str, Array]],
     fisher: bool,
-    memory: int,
+    limits: tuple[int, int],
     progress: Progress | None,
 ) -> tuple[LayerTables, ...]:
+    """``limits`` are the ``memory`` and ``tokens`` of `collect`."""
     for codec in codecs:
         codec.check(model.config.head_dim)
-    total = 2 * model.config.layers
+    memory, tokens = limits
+    batches = _arrays(sequences, tokens)
+    at_once = _at_once(model, batches, memory)
+    passes = -(-model.config.layers // at_once)
+    total, done = 2 * model.config.layers + passes * len(batches), 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
     tables: list[LayerTables] = []
-    for index, layer in enumerate(collect(model, params, sequences, memory=memory)):
-        tensors = (layer.keys, layer.key_gradients), (layer.values, layer.value_gradients)
+    for index, layer in enumerate(_layers(model, params, batches, at_once, tell)):
+        tensors = ("keys", layer.keys, layer.key_gradients), ("values", layer.values, layer.value_gradients)
         learned = []
-        for place, (codec, (x, gradients)) in enumerate(zip(codecs, tensors, strict=True)):
+        for place, (codec, (name, x, gradients)) in enumerate(zip(codecs, tensors, strict=True)):
+            weights = gradients if fisher else None
+            named = {f"{name} of layer {index}": x, f"gradients of the {name} of layer {index}": weights}
+            _check_finite(**named)
             tensor_key = jax.random.fold_in(key, 2 * index + place)
-            learned.append(learn(tensor_key, codec, x, gradients if fisher else None))
+            learned.append(learn(tensor_key, codec, x, weights))
             if progress is not None:
                 jax.block_until_ready(learned[-1])
-                progress(2 * index + place + 1, total)
+            tell()
         tables.append(LayerTables(*learned))
     return tuple(tables)
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def save_tables(
-    path: str | os.PathLike[str],
-    tables: Sequence[LayerTables],
-    *,
-    key_codec: Codec,
-    value_codec: Codec,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes what the codecs of a model have learned, with a checksum, and which codecs they were.
-
-    Raises:
-        ValueError: if there are no tables.
-    """
-    params = {
-        str(index): {name: dict(part) for name, part in layer._asdict().items() if part}
-        for index, layer in enumerate(tables)
-    }
-    if not any(params.values()):
-        raise ValueError("tables hold no array; codecs that learn nothing need no file")
-    geometry = _geometry(len(tables), key_codec, value_codec)
-    save_module(
-        path, {index: layer for index, layer in params.items() if layer}, geometry=geometry, metadata=metadata
-    )
-
-
-def load_tables(
-    path: str | os.PathLike[str], *, layers: int, key_codec: Codec, value_codec: Codec
-) -> tuple[LayerTables, ...]:
-    """Reads what `save_tables` wrote.
-
-    Raises:
-        hashml.exchange.ExchangeError: if the file is damaged, or of other codecs or another number of layers.
-        FileNotFoundError: if there is no such file.
-    """
-    params, _ = load_module(path, geometry=_geometry(layers, key_codec, value_codec))
-    return tuple(LayerTables(**params.get(str(index), {})) for index in range(layers))
-
-
-def _geometry(layers: int, key_codec: Codec, value_codec: Codec) -> dict[str, Any]:
-    return {"layers": layers, "key_codec": repr(key_codec), "value_codec": repr(value_codec)}

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Space = Literal["pre_rope", "post_rope", "any"]
 """Which keys a codec is for: before rotation, after it, or either."""
 
-Role = Literal["payload", "scales", "index"]
-"""What a leaf of a codec's state is counted as."""
+Role = Literal["payload", "scales", "index", "window"]
+"""What a leaf of a codec's state is counted as; exact tokens are ``"window"``."""
 
 Rotate = Callable[[Array], Array]
 """Rotates keys ``[B, H, C, D]`` of the main store by the positions of their slots."""
@@ -36,7 +36,8 @@ class CodecState(NamedTuple):
     """Arrays of one tier of one layer.
 
     Attributes:
-        slots: leaves ``[B, H, C, ...]``, or ``[B, H, C / granularity, ...]`` for what a block of slots shares.
+        slots: leaves ``[B, H, C, ...]``, or ``[B, H, C / granularity, ...]`` for what a block of slots shares, or
+            shorter ones for the first slots alone (`hashml.kvcache.exact_first`).
         fixed: leaves ``[B, H, ...]`` that belong to no slot (the channels that ThinK keeps).
     """
 
@@ -52,6 +53,11 @@ class Codec(Protocol):
         granularity: consecutive slots that share a scale and can be replaced only together; 1 for most.
         space: which keys it is for.
         keys_only: whether it reads queries to encode, so that it has no meaning for values.
+        needs_sinks: slots 0, 1, 2... that it treats apart, so that they must hold the first tokens for ever: the
+            layer has as many sinks, and no pages; 0 for most.
+        rotary_pairs: the order of `hashml.models.rotary.Rotary` whose pairs of channels it keeps together; None where
+            it does not matter.
+        observed: the last queries of a prompt that `fit` reads.
         roles: what each leaf of its state is counted as.
     """
 
@@ -68,10 +74,25 @@ class Codec(Protocol):
         return False
 
     @property
+    def needs_sinks(self) -> int:
+        return 0
+
+    @property
+    def rotary_pairs(self) -> str | None:
+        return None
+
+    @property
+    def observed(self) -> int:
+        return 0
+
+    @property
     def roles(self) -> Mapping[str, Role]: ...
 
     def check(self, head_dim: int) -> None:
         """Raises ValueError where heads of this width cannot be encoded."""
+
+    def check_tables(self, params: Any, heads: int, head_dim: int) -> None:
+        """Raises ValueError unless ``params`` is what the codec has learned for so many heads of this width."""
 
     def init(self, batch: int, heads: int, slots: int, head_dim: int, dtype: Any) -> CodecState:
         """An empty store; ``slots`` is a multiple of ``granularity``."""
@@ -80,8 +101,8 @@ class Codec(Protocol):
     def fit(
         self, fixed: dict[str, Array], keys: Array, queries: Array, valid: tuple[Array, Array]
     ) -> dict[str, Array]:
-        """``fixed`` after a prompt: ``keys [B, H, T, D]`` that stay, the last ``queries [B, H, J, w, D]``, both as
-        the cache stores them, and ``valid`` ``(bool [B, H, T], bool [B, w])``."""
+        """``fixed`` after a prompt: ``keys [B, H, T, D]`` that stay in either tier, the last w of its queries,
+        ``[B, H, J, w, D]``, both as the cache stores them, and ``valid`` ``(bool [B, H, T], bool [B, w])``."""
         del keys, queries, valid
         return fixed
 
@@ -125,6 +146,20 @@ class Attention(NamedTuple):
     logits: Float[Array, "B H J n N"]
     probs: Float[Array, "B H J n N"]
     valid: Bool[Array, "B #H 1 n N"]
+
+
+class Queries(NamedTuple):
+    """Who asks: what a policy's noise and its schedules depend on, so that they are a row's own.
+
+    Attributes:
+        pos: positions of the queries.
+        key: of each row's noise in this layer, typed keys ``[B]``; see `hashml.kvcache.noise`.
+        born: tokens of each row's prompt, so that the query at ``pos`` makes the generated token ``pos + 1 - born``.
+    """
+
+    pos: Int32[Array, "B n"]
+    key: Array
+    born: Int32[Array, " B"]
 
 
 class PrefillStatistics(NamedTuple):
@@ -183,13 +218,21 @@ class Policy(Protocol):
     def check(self, spec: "LayerSpec") -> None:
         """Raises ValueError for a layer that it cannot serve."""
 
+    def resized(self, slots: int, of: int) -> "Policy":
+        """The policy for a layer of ``slots`` main slots that was made for one ``of`` so many: where a number of its
+        own counts slots it grows and falls with them. ``later`` slots of `HeadBudgets` do not."""
+        del slots, of
+        return self
+
     def init(self, spec: "LayerSpec", batch: int) -> PolicyState:
         """The state of empty slots, of the same value at each."""
         ...
 
-    def weigh(self, logits: Array, valid: Array, key: Array, step: Array) -> Array:
-        """``[B, H, J, n, N] -> `` the same: what each query gives each key in ``column_sums``; a softmax."""
-        del key, step
+    def weigh(
+        self, logits: Float[Array, "B H J n N"], valid: Array, pos: Int32[Array, "B #P N"], queries: Queries
+    ) -> Float[Array, "B H J n N"]:
+        """What each query of a prompt gives each key, of positions ``pos``, in ``column_sums``; a softmax."""
+        del pos, queries
         return masked_softmax(logits, valid)
 
     def enter(self, spec: "LayerSpec", keys: Float[Array, "B H n D"]) -> PolicyState | None:
@@ -199,21 +242,23 @@ class Policy(Protocol):
 
     def from_prefill(self, spec: "LayerSpec", statistics: PrefillStatistics, key: Array) -> tuple[Array, PolicyState]:
         """Scores ``float32 [B, P, T]`` of a prompt's tokens, the highest of which are kept, and their state,
-        leaves ``[B, P, T, ...]``."""
+        leaves ``[B, P, T, ...]``; ``key [B]`` is that of `Queries`."""
         ...
 
     def observe(
-        self, spec: "LayerSpec", state: PolicyState, attention: Attention, pos: Int32[Array, "B P N"], key: Array,
-        step: Array,
+        self, spec: "LayerSpec", state: PolicyState, attention: Attention, pos: Int32[Array, "B P N"],
+        queries: Queries,
     ) -> PolicyState:  # fmt: skip
-        """The state after a step's attention. ``pos`` is -1 at empty slots; ``step`` counts decode steps."""
-        del spec, attention, pos, key, step
+        """The state after a step's attention. ``pos`` is -1 at empty slots."""
+        del spec, attention, pos, queries
         return state
 
     def score(
-        self, spec: "LayerSpec", state: PolicyState, pos: Int32[Array, "B P N"], now: Int32[Array, " B"]
-    ) -> Float[Array, "B P N"]:
-        """Scores of both tiers' slots; the lowest leaves. ``now`` is the number of tokens seen."""
+        self, spec: "LayerSpec", state: PolicyState, pos: Int32[Array, "B P N"], now: Int32[Array, " B"],
+        key: Array | None = None,
+    ) -> Float[Array, "B P N"]:  # fmt: skip
+        """Scores of both tiers' slots; the lowest leaves. ``now`` is the number of tokens seen, ``key [B]`` that of
+        `Queries`, for a policy that draws."""
         ...
 
     def expire(
@@ -245,8 +290,12 @@ class HeadBudgets(Protocol):
     """A policy that gives heads budgets of their own after a prompt (AdaKV).
 
     Attributes:
+        base: main slots of a head on average, and of every head before a prompt.
         later: main slots of every head beyond its budget, for the tokens that come after the prompt.
     """
+
+    @property
+    def base(self) -> int: ...
 
     @property
     def later(self) -> int: ...
@@ -261,6 +310,19 @@ def masked_softmax(logits: Float[Array, "*n N"], valid: Bool[Array, "*#m N"]) ->
     x = jnp.where(valid, logits.astype(jnp.float32), MASKED)
     x = jnp.where(valid, jnp.exp(x - x.max(axis=-1, keepdims=True)), 0.0)
     return x / jnp.maximum(x.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def check_shapes(codec: str, params: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless ``params`` has the arrays that a codec learns, of these shapes."""
+    if params is None:
+        raise ValueError(f"tables hold nothing for {codec}; it learns {', '.join(shapes)}: give what `learn_tables` "
+                         f"or `load_tables` returns")  # fmt: skip
+    for name, shape in shapes.items():
+        if name not in params:
+            raise ValueError(f"tables hold {', '.join(sorted(params))} for {codec}; it needs {name}")
+        if params[name].shape != shape:
+            raise ValueError(f"tables hold a {name} of shape {list(params[name].shape)} for {codec}; this model "
+                             f"needs {list(shape)}: they are of another one")  # fmt: skip
 
 
 def over_queries(x: Float[Array, "B H J *n"], how: Literal["mean", "max", "sum"]) -> Float[Array, "B H *n"]:

@@ -1,8 +1,9 @@
 """What a policy has to beat: tokens kept by chance, and by the norms of their keys.
 
-`RandomEviction`: each token draws a number when it enters, and the lowest leaves. So what is kept is a uniform sample
-of the past (reservoir sampling by random priorities; Vitter, ACM TOMS 1985). A draw anew at every step would be
-another control, under which a token's life is geometric and recent ones prevail.
+`RandomEviction`: each token has a number, drawn once, and the lowest leaves. So what is kept is a uniform sample of
+the past (reservoir sampling by random priorities; Vitter, ACM TOMS 1985). A draw anew at every step would be another
+control, under which a token's life is geometric and recent ones prevail. The draw is a hash of the row's key and the
+token's position (`hashml.kvcache.noise`), found when it is needed, so that the control pays for no state.
 
 `KeyNorm`: keys of low norm get much attention (Devoto, Zhao, Scardapane, Minervini, EMNLP 2024, arXiv 2406.11430), so
 the highest norm leaves. It needs no attention; ``keep = "high"`` is its opposite. A rotation leaves norms alone.
@@ -11,15 +12,12 @@ the highest norm leaves. It needs no attention; ``keep = "high"`` is its opposit
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hashml.kvcache.contract import Attention, Policy, PolicyState, PrefillStatistics
+from hashml.kvcache.contract import Policy, PolicyState, PrefillStatistics
+from hashml.kvcache.noise import token_draws
 from hashml.kvcache.spec import LayerSpec
-
-UNDRAWN = -1.0
-"""Below every draw."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,22 +25,16 @@ class RandomEviction(Policy):
     """A uniform sample of the past, drawn by each head alone."""
 
     def init(self, spec: LayerSpec, batch: int) -> PolicyState:
-        return {"draw": jnp.full((batch, spec.head_pos, spec.capacity), UNDRAWN, jnp.float32)}
+        return {}
 
     def from_prefill(self, spec: LayerSpec, statistics: PrefillStatistics, key: Array) -> tuple[Array, PolicyState]:
-        batch, tokens = statistics.pos.shape
-        draw = jax.random.uniform(jax.random.fold_in(key, 0), (batch, spec.head_pos, tokens), jnp.float32)
-        return draw, {"draw": draw}
+        pos = statistics.pos[:, None]
+        return token_draws(key, jnp.broadcast_to(pos, (pos.shape[0], spec.head_pos, pos.shape[2]))), {}
 
-    def observe(
-        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, key: Array, step: Array
-    ) -> PolicyState:
-        draw = state["draw"]
-        new = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 1), step), draw.shape, jnp.float32)
-        return {"draw": jnp.where((draw == UNDRAWN) & (pos >= 0), new, draw)}
-
-    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array) -> Array:
-        return state["draw"]
+    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
+        if key is None:
+            raise ValueError("key is None; random eviction draws by the keys of the rows")
+        return token_draws(key, pos)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,5 +67,5 @@ class KeyNorm(Policy):
         state = self.enter(spec, statistics.keys)
         return state["norm"], state
 
-    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array) -> Array:
+    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
         return state["norm"]

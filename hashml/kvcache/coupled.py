@@ -27,12 +27,14 @@ from jaxtyping import Array, Float, Int
 
 from hashml.coding.bit_packing import pack, packed_size, unpack
 from hashml.coding.product_codebooks import product_encode
-from hashml.kvcache.contract import Codec, CodecState, Role, Space
+from hashml.kvcache.contract import Codec, CodecState, Role, Space, check_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Coupled(Codec):
     """CQ-<c>c<b>b, for keys before rotation and for values.
+
+    A NaN is nearest to nothing: its group gets the first centroid, finite, and nobody sees that it was there.
 
     Attributes:
         channels: neighbours that share a code, c; they divide the head's width.
@@ -81,6 +83,10 @@ class Coupled(Codec):
     def check(self, head_dim: int) -> None:
         if head_dim % self.channels:
             raise ValueError(f"channels is {self.channels}; it must divide the head's width, {head_dim}")
+
+    def check_tables(self, params: Any, heads: int, head_dim: int) -> None:
+        shape = (heads, head_dim // self.channels, 2**self.bits, self.channels)
+        check_shapes(self.name, params, {"codebook": shape})
 
     def init(self, batch: int, heads: int, slots: int, head_dim: int, dtype: Any) -> CodecState:
         row = packed_size(head_dim // self.channels, self.bits)

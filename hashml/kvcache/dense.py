@@ -11,7 +11,7 @@ from hashml.kvcache.contract import Codec, CodecState, Role
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Codec):
-    """Exact tokens in the layer's dtype, 8 itemsize bits a value."""
+    """Exact tokens in the layer's dtype, 8 itemsize bits a value. A NaN stays one."""
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -12,10 +12,11 @@ import jax
 from jaxtyping import Array
 
 from hashml.kvcache.calibration import Progress
-from hashml.kvcache.methods import cache_layers, learn_tables, needs_tables
+from hashml.kvcache.methods import cache_layers
 from hashml.kvcache.serving import decode_step, prefill
 from hashml.kvcache.spec import LayerSpec, batch_spec
 from hashml.kvcache.state import Cache, LayerTables
+from hashml.kvcache.tables import learn_tables, needs_tables
 from hashml.models.decoder import DecoderModel
 
 
@@ -24,13 +25,14 @@ class CacheEngine:
     """A decoder on a cache: the functions that `generate` and `stream` call.
 
     Attributes:
-        prefill, step: as `hashml.models.generation.Engine` has them.
+        prefill, step: as `hashml.models.generation.Engine` has them; `step` also takes ``active``, bool ``[B]``, the
+            rows that go on, so that those which have ended take no page of the others.
         capacity: most tokens of a row, prompt and generated.
         layers, tables: of the cache.
     """
 
     prefill: Callable[[Any, Array, Array], tuple[Array, Cache]]
-    step: Callable[[Any, Cache, Array], tuple[Array, Cache]]
+    step: Callable[..., tuple[Array, Cache]]
     capacity: int
     layers: tuple[LayerSpec, ...]
     tables: tuple[LayerTables, ...]
@@ -88,14 +90,23 @@ def cache_engine(
         tables: what their codecs have learned.
         capacity: most tokens of a row that a user may ask for.
         key: of a policy's noise.
+
+    Raises:
+        ValueError: for a layer that keeps all tokens and has room for fewer than ``capacity``.
     """
+    for layer in layers:
+        needed = capacity if layer.sliding_window is None else min(capacity, layer.sliding_window)
+        if layer.policy.append_only and needed > layer.holds:
+            raise ValueError(f"capacity is {capacity}; a layer of {layer.slots} slots, a window of {layer.window} "
+                             f"and a flush of {layer.flush} keeps all of at most {layer.holds} tokens")  # fmt: skip
     noise = jax.random.key(0) if key is None else key
     known = (LayerTables(),) * len(layers) if tables is None else tuple(tables)
 
     def begin(params: Any, tokens: Array, positions: Array) -> tuple[Array, Cache]:
         return prefill(model, batch_spec(layers, tokens.shape[0]), known, params, tokens, positions, noise)
 
-    def step(params: Any, cache: Cache, token: Array) -> tuple[Array, Cache]:
-        return decode_step(model, batch_spec(layers, token.shape[0]), known, params, cache, token)
+    def step(params: Any, cache: Cache, token: Array, active: Array | None = None) -> tuple[Array, Cache]:
+        spec = batch_spec(layers, token.shape[0])
+        return decode_step(model, spec, known, params, cache, token, active=active)
 
     return CacheEngine(begin, step, capacity, tuple(layers), known)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class KeepAll(Policy):
-    """Slots fill up in order. A token more than ``slots`` overwrites the oldest main slot, so a server asks first."""
+    """Slots fill up in order. Beyond `LayerSpec.holds` tokens a row's oldest are overwritten, so a server asks first:
+    `hashml.kvcache.engine.cache_engine` refuses a ``capacity`` above it."""
 
     @property
     def head_uniform(self) -> bool:
@@ -30,5 +31,5 @@ class KeepAll(Policy):
     def from_prefill(self, spec: "LayerSpec", statistics: PrefillStatistics, key: Array) -> tuple[Array, PolicyState]:
         return statistics.pos[:, None].astype(jnp.float32), {}
 
-    def score(self, spec: "LayerSpec", state: PolicyState, pos: Array, now: Array) -> Array:
+    def score(self, spec: "LayerSpec", state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
         return pos.astype(jnp.float32)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
+from hashml.kvcache.attending import ring_values
 from hashml.kvcache.contract import Codec, CodecState, Policy
 from hashml.kvcache.coupled import Coupled
 from hashml.kvcache.dense import Dense
@@ -58,7 +59,7 @@ def fused_attend(
         options: Any = {**formats, "sliding_window": spec.sliding_window, **exact}
         return kernel.cache_decode(q, keys_of, values_of, pos, now, **options)[0]
 
-    exact = {"window_keys": window, "window_values": layer.window_values, "window_pos": layer.window_pos}
+    exact = {"window_keys": window, "window_values": ring_values(layer), "window_pos": layer.window_pos}
     operands = (
         turned[:, :, 0].astype(jnp.float32) / math.sqrt(spec.head_dim),
         _leaves(layer.keys, tables.keys),

@@ -15,7 +15,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hashml.kvcache.contract import Attention, Policy, PolicyState, PrefillStatistics, over_queries
+from hashml.kvcache.contract import Attention, Policy, PolicyState, PrefillStatistics, Queries, over_queries
 from hashml.kvcache.spec import LayerSpec
 
 
@@ -46,14 +46,14 @@ class HeavyHitters(Policy):
         return self._score(state), state
 
     def observe(
-        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, key: Array, step: Array
+        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, queries: Queries
     ) -> PolicyState:
         new = {"sum": state["sum"] + over_queries(attention.probs, spec.gqa).sum(axis=2)}
         if self.normalise:
             new["count"] = state["count"] + attention.valid[:, :, 0].sum(axis=2, dtype=jnp.int32)
         return new
 
-    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array) -> Array:
+    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
         return self._score(state)
 
     def _score(self, state: PolicyState) -> Array:

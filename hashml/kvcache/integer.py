@@ -70,7 +70,10 @@ def decode_affine(codes: Array, scale: Float16[Array, "*#n"], minimum: Float16[A
 
 @dataclasses.dataclass(frozen=True)
 class Int8(Codec):
-    """Symmetric int8 with a float16 scale a token and head: ``8 + 16 / D`` bits a value."""
+    """Symmetric int8 with a float16 scale a token and head: ``8 + 16 / D`` bits a value.
+
+    A NaN makes the scale one, and so all values of its token and head.
+    """
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -94,7 +97,8 @@ class Int8(Codec):
 class Float8(Codec):
     """fp8 of 4 exponent and 3 mantissa bits (e4m3, no infinities) with a float16 scale a token and head.
 
-    As many bits as `Int8`; small coordinates beside a large one keep their relative precision.
+    As many bits as `Int8`; small coordinates beside a large one keep their relative precision. A NaN spoils its token
+    and head, as there.
     """
 
     @property
@@ -125,7 +129,8 @@ def _scaled_store(batch: int, heads: int, slots: int, head_dim: int, dtype: Any)
 class IntGroup(Codec):
     """Asymmetric integers, a float16 scale and minimum for every ``group`` channels of a token.
 
-    ``bits + 32 / group`` bits a value: 4.25 for 4 bits in groups of 128, 3 for 2 bits in groups of 32.
+    ``bits + 32 / group`` bits a value: 4.25 for 4 bits in groups of 128, 3 for 2 bits in groups of 32. A NaN makes
+    all values of its group NaN.
 
     Attributes:
         bits: of a code, 1 to 8.

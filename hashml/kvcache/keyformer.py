@@ -7,35 +7,42 @@ So scores add up another softmax, of the same logits ``x`` with fresh Gumbel noi
     f[i] = exp((x[i] + z[i]) / tau) / sum over j of exp((x[j] + z[j]) / tau)        sum[i] += f[i]
     tau  = tau_start + t (tau_end - tau_start) / new_tokens                         t = 0 in the prompt
 
-``t`` counts generated tokens, and ``tau`` stays at ``tau_end`` after ``new_tokens`` of them. The noise never touches
-the attention itself. It is drawn anew for every query, head and key, from ``fold_in(key, step)``, and not stored.
-Query heads of a key head are averaged. Departures: the reference sums scores over the batch, and its MPT code drops
-only at every 8th step (here ``LayerSpec.flush``). ``noise = False`` is the temperature alone, ``tau_start = tau_end =
-1`` the noise alone, and both together are H2O.
+``t`` counts a row's generated tokens, and ``tau`` stays at ``tau_end`` after ``new_tokens`` of them. The noise never
+touches the attention itself. It is drawn anew for every query, head and key, by a hash of their positions under the
+row's key (`hashml.kvcache.noise`), and not stored: a row has the same noise wherever it runs. Query heads of a key
+head are averaged. Departures: the reference sums scores over the batch, and its MPT code drops only at every 8th step
+(here ``LayerSpec.flush``). ``noise = False`` is the temperature alone, ``tau_start = tau_end = 1`` the noise alone,
+and both together are H2O.
 """
 
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-from hashml.kvcache.contract import Attention, Policy, PolicyState, PrefillStatistics, masked_softmax, over_queries
+from hashml.kvcache.contract import (
+    Attention,
+    Policy,
+    PolicyState,
+    PrefillStatistics,
+    Queries,
+    masked_softmax,
+    over_queries,
+)
+from hashml.kvcache.noise import gumbel, pair_draws
 from hashml.kvcache.spec import LayerSpec
 
 
 def gumbel_softmax(
     logits: Float[Array, "*n N"],
     valid: Bool[Array, "*#n N"],
-    tau: float | int | Shaped[Array, ""],
-    key: Array | None,
+    tau: float | int | Shaped[Array, "..."],
+    noise: Float[Array, "*n N"] | None,
 ) -> Float[Array, "*n N"]:
-    """Softmax over the valid entries of ``(logits + noise) / tau``, in float32; no noise without a key."""
+    """Softmax over the valid entries of ``(logits + noise) / tau``, in float32; ``tau`` may be one for each query."""
     x = logits.astype(jnp.float32)
-    if key is not None:
-        x = x + jax.random.gumbel(key, x.shape, jnp.float32)
-    return masked_softmax(x / tau, valid)
+    return masked_softmax((x if noise is None else x + noise) / tau, valid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +77,13 @@ class Keyformer(Policy):
         return True
 
     def tau(self, tokens: int | Array) -> Array:
-        """The temperature at the ``tokens``-th generated token; 0 is the prompt."""
-        share = jnp.minimum(jnp.asarray(tokens), self.new_tokens) / self.new_tokens
+        """The temperature at the ``tokens``-th generated token; 0 and less are the prompt."""
+        share = jnp.clip(jnp.asarray(tokens), 0, self.new_tokens) / self.new_tokens
         # Exact at both ends.
         return self.tau_start * (1 - share) + self.tau_end * share
 
-    def weigh(self, logits: Array, valid: Array, key: Array, step: Array) -> Array:
-        return gumbel_softmax(logits, valid, self.tau_start, self._key(key, 0, step))
+    def weigh(self, logits: Array, valid: Array, pos: Array, queries: Queries) -> Array:
+        return gumbel_softmax(logits, valid, self.tau_start, self._noise(logits, pos, queries))
 
     def init(self, spec: LayerSpec, batch: int) -> PolicyState:
         return {"sum": jnp.zeros((batch, spec.head_pos, spec.capacity), jnp.float32)}
@@ -86,17 +93,20 @@ class Keyformer(Policy):
         return statistics.column_sums, {"sum": statistics.column_sums}
 
     def observe(
-        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, key: Array, step: Array
+        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, queries: Queries
     ) -> PolicyState:
         if not self.noise and self.tau_start == self.tau_end == 1:
             f = attention.probs
         else:
-            f = gumbel_softmax(attention.logits, attention.valid, self.tau(step + 1), self._key(key, 1, step))
+            tau = self.tau(queries.pos + 1 - queries.born[:, None])[:, None, None, :, None]
+            f = gumbel_softmax(attention.logits, attention.valid, tau, self._noise(attention.logits, pos, queries))
         return {"sum": state["sum"] + over_queries(f, spec.gqa).sum(axis=2)}
 
-    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array) -> Array:
+    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
         return state["sum"]
 
-    def _key(self, key: Array, phase: int, step: Array) -> Array | None:
-        """A key for each step, whose noise a prompt of the same key does not share."""
-        return jax.random.fold_in(jax.random.fold_in(key, phase), step) if self.noise else None
+    def _noise(self, logits: Array, pos: Array, queries: Queries) -> Array | None:
+        """Gumbel noise of the shape of logits ``[B, H, J, n, N]``."""
+        if not self.noise:
+            return None
+        return gumbel(pair_draws(queries.key, queries.pos, pos, *logits.shape[1:3]))

@@ -30,6 +30,8 @@ from hashml.kvcache.integer import IntGroup, affine, check_bits_and_group, decod
 class KiviKeys(Codec):
     """Keys in ``bits`` bits, with scales per channel over blocks of ``group`` tokens.
 
+    A NaN makes its channel NaN at all tokens of its block.
+
     Attributes:
         bits: of a code, 1 to 8.
         group: consecutive slots that share a channel's scale; the layer's ``flush`` is a multiple of it.

@@ -12,20 +12,22 @@ in float16 with their channel, a byte, and for values they do not stretch the ra
 or with Q-Norm the table shifted and scaled so that calibration data keeps its mean and deviation. Tables are
 learned by Fisher-weighted k-means in `hashml.kvcache.calibration`. About ``bits + 24 outliers / D`` bits a value.
 
+The first 1 to 5 tokens are kept exact, since most heads look at them: `hashml.kvcache.exact_first`.
+
 Departures: the paper marks an outlier by percentiles and stores as many as there are; here their number is static,
-as in the authors' later capped kernels, and all of it is used at each token. The first tokens are not exempted; a
-layer's window or a second cache is the place for that.
+as in the authors' later capped kernels, and all of it is used at each token.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Integer
 
 from hashml.coding.bit_packing import pack, packed_size, unpack
-from hashml.kvcache.contract import Codec, CodecState, Role, Space
+from hashml.kvcache.contract import Codec, CodecState, Role, Space, check_shapes
+from hashml.kvcache.exact_first import ExactFirst
 from hashml.kvcache.integer import half
 
 _TINY = 1e-30
@@ -112,6 +114,12 @@ def _table(params: Any, bits: int) -> tuple[Array, Array]:
     return table, params.get("levels", table)
 
 
+def _shown(codec: "NonUniformKeys | NonUniformValues") -> str:
+    """As the file of tables learned without Q-Norm has it."""
+    norm = ", q_norm=True" if codec.q_norm else ""
+    return f"{type(codec).__name__}(bits={codec.bits}, outliers={codec.outliers}{norm})"
+
+
 _ROLES: dict[str, Role] = {"q": "payload", "outlier_index": "index", "outlier_value": "scales"}
 
 
@@ -120,11 +128,13 @@ class NonUniformKeys(Codec):
     """Keys before rotation, in static ranges per channel.
 
     Its parameters are ``{"low", "high": float32 [H, D], "table": float32 [2**bits]}``, the table ascending, and with
-    Q-Norm ``"levels"`` like the table.
+    Q-Norm ``"levels"`` like the table. A NaN is the farthest of outliers and stays one; where it is none, it gets the
+    lowest signpost, finite, and nobody sees that it was there.
 
     Attributes:
         bits: of a code, 1 to 8.
         outliers: values of a token and head that are kept exactly (in float16), those farthest out.
+        q_norm: whether the codec learns levels too; what it has learned says how it decodes.
 
     Raises:
         ValueError: for other values.
@@ -132,9 +142,13 @@ class NonUniformKeys(Codec):
 
     bits: int
     outliers: int = 0
+    q_norm: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check(self.bits, self.outliers)
+
+    def __repr__(self) -> str:
+        return _shown(self)
 
     @property
     def space(self) -> Space:
@@ -146,6 +160,10 @@ class NonUniformKeys(Codec):
 
     def check(self, head_dim: int) -> None:
         _check_width(self.outliers, head_dim)
+
+    def check_tables(self, params: Any, heads: int, head_dim: int) -> None:
+        ranges = {"low": (heads, head_dim), "high": (heads, head_dim)}
+        check_shapes(str(self), params, {**ranges, "table": (2**self.bits,)})
 
     def init(self, batch: int, heads: int, slots: int, head_dim: int, dtype: Any) -> CodecState:
         return CodecState(_store(batch, heads, slots, head_dim, self.bits, self.outliers), {})
@@ -170,11 +188,13 @@ class NonUniformKeys(Codec):
 class NonUniformValues(Codec):
     """Values, in ranges per token and head that are found when they are stored.
 
-    Its parameters are ``{"table": float32 [2**bits]}``, ascending, and with Q-Norm ``"levels"`` like it.
+    Its parameters are ``{"table": float32 [2**bits]}``, ascending, and with Q-Norm ``"levels"`` like it. A NaN makes
+    the range NaN, and so all values of its token and head but the outliers.
 
     Attributes:
         bits: of a code, 1 to 8.
         outliers: values of a token and head that are kept exactly (in float16) and do not stretch its range.
+        q_norm: as in `NonUniformKeys`.
 
     Raises:
         ValueError: for other values.
@@ -182,9 +202,13 @@ class NonUniformValues(Codec):
 
     bits: int
     outliers: int = 0
+    q_norm: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check(self.bits, self.outliers)
+
+    def __repr__(self) -> str:
+        return _shown(self)
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -195,6 +219,9 @@ class NonUniformValues(Codec):
         _check_width(self.outliers, head_dim)
         if head_dim * self.bits % 8:
             raise ValueError(f"the head's width is {head_dim}; its codes of {self.bits} bits must fill whole bytes")
+
+    def check_tables(self, params: Any, heads: int, head_dim: int) -> None:
+        check_shapes(str(self), params, {"table": (2**self.bits,)})
 
     def init(self, batch: int, heads: int, slots: int, head_dim: int, dtype: Any) -> CodecState:
         leaves = _store(batch, heads, slots, head_dim, self.bits, self.outliers)
@@ -219,6 +246,18 @@ class NonUniformValues(Codec):
         return _put_back(zero + spread * levels[codes], state.slots)
 
 
-def kvquant(bits: int, outliers: int = 0) -> tuple[NonUniformKeys, NonUniformValues]:
-    """The paper's pair: ``key_codec`` and ``value_codec`` of a layer with ``rope="read"``."""
-    return NonUniformKeys(bits, outliers), NonUniformValues(bits, outliers)
+@overload
+def kvquant(bits: int, outliers: int = 0, *, q_norm: bool = False) -> tuple[NonUniformKeys, NonUniformValues]: ...
+@overload
+def kvquant(bits: int, outliers: int = 0, *, first: int, q_norm: bool = False) -> tuple[Codec, Codec]: ...
+def kvquant(bits: int, outliers: int = 0, *, first: int = 0, q_norm: bool = False) -> tuple[Codec, Codec]:
+    """The paper's pair: ``key_codec`` and ``value_codec`` of a layer with ``rope="read"``.
+
+    Args:
+        bits, outliers, q_norm: of both, as in `NonUniformKeys`.
+        first: first tokens that are exact, 1 to 5 in the paper; the layer has as many ``sinks``. They cost
+            ``2 first D`` values of the layer's dtype a head, and the codecs are
+            `hashml.kvcache.exact_first.ExactFirst`.
+    """
+    keys, values = NonUniformKeys(bits, outliers, q_norm=q_norm), NonUniformValues(bits, outliers, q_norm=q_norm)
+    return (ExactFirst(keys, first), ExactFirst(values, first)) if first else (keys, values)

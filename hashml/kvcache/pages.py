@@ -2,7 +2,11 @@
 
 Slots of a row and head are logical: ``table[b, h, slot // size]`` names the page of the pool where they lie, -1 for
 none. Pages are given out when a slot of theirs is first written, and go back on a stack when all their slots are
-empty. All shapes are static; a pool that is too small drops the token and counts it in ``missed``.
+empty. All shapes are static.
+
+Rows and heads share the pool. When it has too few pages for all that a step wants, the first rows are served; in the
+others a token fights for a slot of the pages that they hold, as if these were all the slots there are, and `missed`
+counts it. So what a row keeps may then depend on its neighbours; with ``pages`` for all slots it never does.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +25,7 @@ class Pages(NamedTuple):
         table: page of each logical page, -1 for none.
         free: a stack of the pages that nobody has; the first ``top`` entries count.
         top: free pages.
-        missed: tokens that were dropped because no page was free.
+        missed: tokens that found no page free, and for each of which one was dropped.
     """
 
     table: Int32[Array, "B H L"]

@@ -11,14 +11,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from hashml.kvcache.contract import MASKED, Attention, HeadBudgets, PrefillStatistics, masked_softmax, over_queries
+from hashml.kvcache.contract import (
+    MASKED,
+    Attention,
+    HeadBudgets,
+    PrefillStatistics,
+    Queries,
+    masked_softmax,
+    over_queries,
+)
+from hashml.kvcache.noise import row_keys
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.state import LayerCache, LayerTables, init_layer
 from hashml.kvcache.store import encode, write
 
 _BLOCK = 128
-_FITTED = 32
-"""Last queries that a codec may fit itself to."""
+"""Queries whose attention is alive at once."""
 
 
 def prefill_layer(
@@ -36,16 +44,17 @@ def prefill_layer(
         spec, tables: of the layer.
         q, k, v: of the prompt's tokens, not rotated.
         pos: their positions, rising along a row; -1 for padding, wherever it stands.
-        key: of the policy's noise.
+        key: of the policy's noise in this layer: one of each row, ``[B]``, or one from which they are drawn.
     """
     batch, _, length = k.shape[:3]
+    keys = row_keys(key, batch)
     missing = max(0, spec.window - length)
     if missing:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (missing, 0), (0, 0))) for x in (q, k, v))
         pos, length = jnp.pad(pos, ((0, 0), (missing, 0)), constant_values=-1), length + missing
     turned_q, turned_k = (x if spec.rotary is None else spec.rotary.rotate(x, pos[:, None]) for x in (q, k))
-    statistics = prefill_statistics(spec, turned_q, turned_k, v, pos, key)
-    scores, state = spec.policy.from_prefill(spec, statistics, key)
+    statistics = prefill_statistics(spec, turned_q, turned_k, v, pos, keys)
+    scores, state = spec.policy.from_prefill(spec, statistics, keys)
     stored = turned_k if spec.rope == "write" else k
     layer = init_layer(spec, batch)
     # Padding first, then tokens by age: the last ones are the window's.
@@ -58,10 +67,10 @@ def prefill_layer(
         window_pos=jnp.take_along_axis(pos, late, axis=1),
     )
     chosen, chosen_pos, layer = _chosen(spec, layer, scores, pos, early)
+    picked = jnp.broadcast_to(chosen, (batch, spec.kv_heads, chosen.shape[2]))[..., None]
+    kept_k, kept_v = (jnp.take_along_axis(x, picked, axis=2) for x in (stored, v))
+    layer = _fitted(spec, layer, kept_k, chosen_pos, turned_q if spec.rope == "write" else q, pos, order)
     if chosen.shape[2]:
-        picked = jnp.broadcast_to(chosen, (batch, spec.kv_heads, chosen.shape[2]))[..., None]
-        kept_k, kept_v = (jnp.take_along_axis(x, picked, axis=2) for x in (stored, v))
-        layer = _fitted(spec, layer, kept_k, chosen_pos, turned_q if spec.rope == "write" else q, pos, order)
         rows = encode(spec, tables, layer, kept_k, kept_v, chosen_pos >= 0)
         slot = jnp.broadcast_to(jnp.arange(chosen.shape[2], dtype=jnp.int32), chosen_pos.shape)
         real = _by_block(chosen_pos >= 0, spec.granularity)
@@ -105,10 +114,13 @@ def _by_block(real: Bool[Array, "B P K"], grain: int) -> Bool[Array, "B P K"]:
 def _fitted(
     spec: LayerSpec, layer: LayerCache, keys: Array, keys_pos: Array, q: Array, pos: Array, order: Array
 ) -> LayerCache:
-    """The layer whose key codec has seen the keys that stay and the prompt's last queries."""
+    """The layer whose key codec has seen the keys that stay, in both tiers, and the prompt's last queries."""
     if not layer.keys.fixed:
         return layer
-    last = order[:, -_FITTED:]
+    last = order[:, -spec.key_codec.observed :]
+    ring = jnp.broadcast_to(layer.window_pos[:, None], (*keys_pos.shape[:2], spec.window))
+    keys_pos = jnp.concatenate([keys_pos, ring], axis=2)
+    keys = jnp.concatenate([keys, layer.window_keys.astype(keys.dtype)], axis=2)
     queries = jnp.take_along_axis(q, last[:, None, :, None], axis=2)
     queries = queries.reshape(q.shape[0], spec.kv_heads, spec.group, *queries.shape[2:])
     valid = jnp.broadcast_to(keys_pos >= 0, keys.shape[:3]), jnp.take_along_axis(pos, last, axis=1) >= 0
@@ -142,11 +154,12 @@ def prefill_statistics(
     pos: Int32[Array, "B T"],
     key: Array,
 ) -> PrefillStatistics:
-    """What the layer's policy asks of a prompt's exact attention; ``q`` and ``k`` are rotated."""
+    """What the layer's policy asks of a prompt's exact attention; ``q`` and ``k`` are rotated, ``key`` is as in
+    `prefill_layer`."""
     policy = spec.policy
     counts = jax.vmap(lambda row: _seen_by(row, spec.sliding_window))(pos)
     last = _last(spec, q, k, pos, policy.observed) if policy.observed else None
-    sums = _column_sums(spec, q, k, pos, key) if policy.sums_columns else None
+    sums = _column_sums(spec, q, k, pos, row_keys(key, pos.shape[0])) if policy.sums_columns else None
     return PrefillStatistics(pos, k, v, last, sums, counts)
 
 
@@ -188,14 +201,14 @@ def _column_sums(spec: LayerSpec, q: Array, k: Array, pos: Array, key: Array) ->
     blocks = jnp.pad(q, ((0, 0), (0, 0), (0, short), (0, 0))).reshape(batch, spec.query_heads, -1, size, width)
     asking = jnp.pad(pos, ((0, 0), (0, short)), constant_values=-1).reshape(batch, -1, size)
 
-    def add(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        queries, query_pos, index = block
+    born = pos.max(axis=1) + 1
+
+    def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+        queries, query_pos = block
         logits, valid = _logits(spec, queries, k, query_pos, pos)
-        noise = jax.random.fold_in(key, index)
-        given = spec.policy.weigh(logits, valid, noise, jnp.zeros((), jnp.int32))
+        given = spec.policy.weigh(logits, valid, pos[:, None], Queries(query_pos, key, born))
         return total + over_queries(jnp.where(valid, given, 0), spec.gqa).sum(axis=2), None
 
     start = jnp.zeros((batch, spec.kv_heads, length), jnp.float32)
-    count = asking.shape[1]
-    sequence = (blocks.transpose(2, 0, 1, 3, 4), asking.transpose(1, 0, 2), jnp.arange(count))
+    sequence = (blocks.transpose(2, 0, 1, 3, 4), asking.transpose(1, 0, 2))
     return jax.lax.scan(add, start, sequence)[0]

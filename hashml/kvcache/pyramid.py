@@ -12,6 +12,7 @@ that the total is kept to the slot; the reference rounds the step down, and keep
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from hashml.kvcache.spec import LayerSpec
@@ -75,6 +76,9 @@ def pyramid_layers(
 ) -> tuple[LayerSpec, ...]:
     """Copies of ``base`` with the slots of `pyramid_budgets`: multiples of what its codecs share, sinks included.
 
+    What a policy counts in slots follows them: ``drop`` of Scissorhands, ``base`` of AdaKV (`Policy.resized`); so do
+    the pages of a paged layer.
+
     Args:
         base: a layer with the mean number of slots, and the policy of all; `SnapKV` in the paper.
         layers: L.
@@ -90,4 +94,11 @@ def pyramid_layers(
         least=max(base.flush, base.sinks, 1),
         multiple_of=base.page_size or base.granularity,
     )
-    return tuple(dataclasses.replace(base, slots=slots) for slots in budgets)
+
+    def sized(slots: int) -> LayerSpec:
+        share = slots / base.slots
+        # The page that each head fills in part only is needed at every size.
+        pages = None if base.pages is None else math.ceil(base.pages * share + base.kv_heads * max(0, 1 - share))
+        return dataclasses.replace(base, slots=slots, pages=pages, policy=base.policy.resized(slots, base.slots))
+
+    return tuple(sized(slots) for slots in budgets)

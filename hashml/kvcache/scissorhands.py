@@ -10,7 +10,9 @@ that got a low score most often:
 The window w is essential: counted over all queries, ``low`` grows with age and the policy keeps what is new.
 ``per_query`` divides by the queries that saw the key, so that a young token has no advantage. Among equals the older
 token leaves first (``ties``). ``n`` is what is kept, so 1/n is the mean of the actual row; the paper writes 1/t.
-Departure: when more tokens are freed than leave the window, those that leave it are not among the freed.
+Departures: when more tokens are freed than leave the window, those that leave it are not among the freed; where slots
+share scales, whole blocks are freed, each as good as its best token. Later layers, where importance persists less,
+should have more slots: `hashml.kvcache.pyramid.pyramid_layers` with a rising slope, where m grows with them.
 
 The released code is another method, `ScissorhandsRelease`: a row votes for the keys above its own 90th percentile,
 and a key without a vote in the last 100 rows is dropped unless it is among the newest 10. There is no budget, which
@@ -59,6 +61,9 @@ class Scissorhands(WindowVote):
     def check(self, spec: LayerSpec) -> None:
         if self.drop is not None and self.drop > spec.slots:
             raise ValueError(f"drop is {self.drop}; it must be at most slots, {spec.slots}")
+
+    def resized(self, slots: int, of: int) -> "Scissorhands":
+        return self if self.drop is None else dataclasses.replace(self, drop=max(1, self.drop * slots // of))
 
     def bulk(self, spec: LayerSpec) -> int:
         wanted = spec.capacity // 2 if self.drop is None else self.drop

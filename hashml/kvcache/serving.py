@@ -1,11 +1,12 @@
-"""Prefill, insert, decode, reset: a decoder that runs on a compressed cache, a fixed number of rows at a time.
+"""Prefill and decode: a decoder that runs on a compressed cache, a fixed number of rows at a time.
 
     logits, cache = prefill(model, spec, tables, params, tokens, positions, key)
     logits, cache = decode_step(model, spec, tables, params, cache, token)       jit it with the cache donated
 
 One step of a layer: the oldest tokens leave the window, the new one enters, attention reads both tiers, the policy
-looks on. Rows are independent: what one holds or when it ends changes no bit of another. Layers are a tuple and the
-loop over them is unrolled, since a scan over a stacked cache keeps a second copy of it.
+looks on. Rows are independent: what one holds or when it ends changes no bit of another, unless a pool of pages that
+they share runs out. How rows come and go is in `hashml.kvcache.batching`. Layers are a tuple and the loop over them
+is unrolled, since a scan over a stacked cache keeps a second copy of it.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from hashml.kvcache.attending import attend, observe, stored_keys
+from hashml.kvcache.batching import check_step
+from hashml.kvcache.contract import Queries
 from hashml.kvcache.eviction import append, evict
 from hashml.kvcache.fused import fused_attend, is_fused
+from hashml.kvcache.noise import layer_keys, row_keys
 from hashml.kvcache.prefill import prefill_layer
 from hashml.kvcache.spec import CacheSpec
-from hashml.kvcache.state import Cache, LayerCache, LayerTables
-from hashml.kvcache.store import empty_slots
+from hashml.kvcache.state import Cache, LayerTables, check_tables
 from hashml.models.decoder import DecoderModel
 from hashml.models.exact_attention import causal_attention
 
@@ -53,17 +58,21 @@ def prefill(
         tokens: prompts, padded at either end.
         positions: 0, 1, 2... along each row, -1 for padding. A row of padding alone stays empty; its logits are
             those of no token.
-        key: of the policy's noise.
+        key: of the policy's noise: one, from which each row's is drawn by its index, or ``[B]`` of the rows, which
+            have the same noise wherever and with whomever they run.
 
     Raises:
-        ValueError: for shapes or layers that do not fit, or a prompt longer than a cache that keeps all can hold.
+        ValueError: for shapes, layers or tables that do not fit, a prompt longer than a cache that keeps all can
+            hold, or positions that are not 0, 1, 2...; these are looked at outside of `jax.jit` alone.
     """
     _check(model, spec, tokens, positions)
+    check_tables(spec, tables)
     positions = positions.astype(jnp.int32)
+    keys = row_keys(key, spec.batch)
     x = model.embed(params, tokens)
     layers, previous = [], []
     for index, (layer, known) in enumerate(zip(spec.layers, tables, strict=True)):
-        noise = jax.random.fold_in(key, index)
+        noise = layer_keys(keys, index)
 
         def attend_prompt(q: Array, k: Array, v: Array, layer=layer, known=known, noise=noise) -> tuple[Array, Any]:
             window = layer.sliding_window
@@ -78,7 +87,7 @@ def prefill(
     logits = model.unembed(params, jnp.take_along_axis(x, newest, axis=1))[:, 0]
     zero = jnp.zeros((), jnp.int32)
     length = positions.max(axis=1) + 1
-    return logits, Cache(tuple(layers), tuple(previous), length, zero, jax.random.fold_in(key, len(layers)), zero)
+    return logits, Cache(tuple(layers), tuple(previous), length, zero, keys, length, zero)
 
 
 def decode_step(
@@ -88,101 +97,76 @@ def decode_step(
     params: Any,
     cache: Cache,
     token: Int[Array, "B"] | Int[Array, "B n"],
-) -> tuple[Float[Array, "B V"], Cache]:
+    *,
+    active: Bool[Array, " B"] | None = None,
+    all_logits: bool = False,
+) -> tuple[Float[Array, "B V"] | Float[Array, "B n V"], Cache]:
     """Logits after one more token in each row (or n of them, a divisor of ``flush``), and the cache with them.
 
-    Jit it with ``model`` and ``spec`` static and ``cache`` donated: then all updates are in place.
+    Jit it with ``model``, ``spec`` and ``all_logits`` static and ``cache`` donated: then all updates are in place.
+
+    Args:
+        model, spec, tables, params: as in `prefill`.
+        cache: of the rows.
+        token: one or n for each.
+        active: rows that take their tokens; None: all. The others stand still: they see and store nothing, take no
+            page, and their policies do not look on. The ring turns for all, though, so that the exact tokens of a row
+            that is held back move to its main slots, which must have room for them where nothing is to be dropped.
+        all_logits: whether to return those after each of the n tokens, ``[B, n, V]``, by which drafts are verified.
+
+    Returns:
+        Logits ``[B, V]`` after the last token, and the cache. Logits of idle rows are those of a token that sees
+        nothing, and mean nothing.
+
+    Raises:
+        ValueError: as `hashml.kvcache.batching.check_step`, and for another number of rows.
     """
     tokens = token if token.ndim == 2 else token[:, None]
     count = tokens.shape[1]
+    if tokens.shape[0] != cache.length.shape[0]:
+        raise ValueError(f"token has shape {token.shape}; the cache has {cache.length.shape[0]} rows")
+    check_step(spec, cache, count)
+    check_tables(spec, tables)
     pos = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)
+    if active is not None:
+        pos = jnp.where(active[:, None], pos, -1)
     x = model.embed(params, tokens)
     layers, previous = [], []
-    noise = jax.random.fold_in(cache.key, cache.step)
     for index, (layer, known) in enumerate(zip(spec.layers, tables, strict=True)):
-        own = jax.random.fold_in(noise, index)
+        asks = Queries(pos, layer_keys(cache.key, index), cache.born)
 
-        def attend_cache(q: Array, k: Array, v: Array, index=index, layer=layer, known=known, own=own) -> tuple:
-            held = evict(layer, known, cache.layers[index], cache.head, cache.length)
-            held = append(layer, known, held, cache.head, stored_keys(layer, k, pos), v, pos, cache.length)
+        def attend_cache(q: Array, k: Array, v: Array, index=index, layer=layer, known=known, asks=asks) -> tuple:
+            held = evict(layer, known, cache.layers[index], cache.head, cache.length, asks.key)
+            stored = stored_keys(layer, k, pos)
+            held = append(layer, known, held, cache.head, stored, v, pos, cache.length, asks.key)
             if is_fused(layer, count):
                 return fused_attend(layer, known, held, q, pos), held
             out, attention = attend(layer, known, held, q, pos)
-            return out, observe(layer, held, attention, own, cache.step)
+            looked = observe(layer, held, attention, asks)
+            return out, looked._replace(policy=_of_rows(active, looked.policy, held.policy))
 
         weights = model.layer_params(params, index)
         x, last, held = model.layer(weights, x, cache.previous[index], attend_cache)
         layers.append(held)
-        previous.append(last)
+        previous.append(_of_rows(active, last, cache.previous[index]))
     window = spec.layers[0].window
-    return model.unembed(params, x[:, -1:])[:, 0], Cache(
+    logits = model.unembed(params, x) if all_logits else model.unembed(params, x[:, -1:])[:, 0]
+    return logits, Cache(
         layers=tuple(layers),
         previous=tuple(previous),
-        length=cache.length + count,
+        length=cache.length + (count if active is None else count * active),
         head=(cache.head + count) % window if window else cache.head,
         key=cache.key,
+        born=cache.born,
         step=cache.step + count,
     )
 
 
-def reset_rows(cache: Cache, rows: Bool[Array, " B"]) -> Cache:
-    """The cache with these rows empty, for requests that have ended. Positions go to -1; what lies there stays, but
-    for pages, which go back to the pool."""
-
-    def empty(layer: LayerCache) -> LayerCache:
-        gone = rows[:, None]
-        kept = empty_slots(layer, jnp.where(gone[..., None], -1, layer.pos))
-        return kept._replace(window_pos=jnp.where(gone, -1, layer.window_pos))
-
-    return cache._replace(
-        layers=tuple(empty(layer) for layer in cache.layers),
-        previous=tuple(None if x is None else jnp.where(rows[:, None], 0, x) for x in cache.previous),
-        length=jnp.where(rows, 0, cache.length),
-    )
-
-
-def insert(cache: Cache, prompt: Cache, row: Int[Array, ""] | int) -> Cache:
-    """The cache with a prompt's (a cache of one row, fresh from `prefill`) in a row of it.
-
-    To be called when ``cache.head`` is a multiple of ``flush``, where a row's window looks as it does after its
-    own prefill; then the row goes on bit for bit as it would alone.
-
-    Raises:
-        ValueError: for a prompt of more than one row, or a paged cache.
-    """
-    if prompt.length.shape != (1,):
-        raise ValueError(f"prompt holds {prompt.length.shape[0]} rows; it must hold 1")
-    if any(layer.pages is not None for layer in cache.layers):
-        raise ValueError("cache is paged; a row is inserted into a cache of slots")
-    chosen = jnp.arange(cache.length.shape[0]) == row
-
-    def place(held: LayerCache, new: LayerCache) -> LayerCache:
-        slots, window = new.pos.shape[2], new.window_pos.shape[1]
-
-        def turn(leaf: Array, axis: int) -> Array:
-            return jnp.roll(leaf, cache.head, axis=axis) if window else leaf
-
-        ring = new._replace(
-            window_keys=turn(new.window_keys, 2),
-            window_values=turn(new.window_values, 2),
-            window_pos=turn(new.window_pos, 1),
-            policy={
-                name: jnp.concatenate([leaf[:, :, :slots], turn(leaf[:, :, slots:], 2)], axis=2)
-                for name, leaf in new.policy.items()
-            },
-        )
-        return _set_row(held, ring, row)
-
-    return cache._replace(
-        layers=tuple(place(held, new) for held, new in zip(cache.layers, prompt.layers, strict=True)),
-        previous=_set_row(cache.previous, prompt.previous, row),
-        length=jnp.where(chosen, prompt.length, cache.length),
-    )
-
-
-def _set_row(held: Any, new: Any, row: Array | int) -> Any:
-    """Leaves ``[B, ...]`` with those of one row, ``[1, ...]``, at ``row``."""
-    return jax.tree.map(lambda old, leaf: jax.lax.dynamic_update_index_in_dim(old, leaf[0], row, 0), held, new)
+def _of_rows(active: Array | None, new: Any, old: Any) -> Any:
+    """Leaves ``[B, ...]`` after the step in active rows, and from before it in the others."""
+    if active is None:
+        return new
+    return jax.tree.map(lambda x, y: jnp.where(active.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, old)
 
 
 def _check(model: DecoderModel, spec: CacheSpec, tokens: Array, positions: Array) -> None:
@@ -190,6 +174,12 @@ def _check(model: DecoderModel, spec: CacheSpec, tokens: Array, positions: Array
         raise ValueError(f"tokens has shape {tokens.shape} and positions {positions.shape}; both must be [B, T]")
     if tokens.shape[0] != spec.batch or tokens.shape[1] < 1:
         raise ValueError(f"tokens has shape {tokens.shape}; it must be [{spec.batch}, T] with T of at least 1")
+    if not isinstance(positions, Tracer):
+        for row, line in enumerate(np.asarray(positions)):
+            held = line[line >= 0]
+            if (held != np.arange(held.size)).any():
+                raise ValueError(f"positions of row {row} are {held.tolist()}; beside padding, -1, they must be 0, 1 "
+                                 f"and so on up to {held.size - 1}")  # fmt: skip
     config = model.config
     if len(spec.layers) != config.layers:
         raise ValueError(f"spec has {len(spec.layers)} layers; the model has {config.layers}")

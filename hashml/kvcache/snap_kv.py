@@ -5,10 +5,11 @@ What the last ``queries`` (W) of a prompt attend to is what its answer will need
 
     score[j] = pool over j of sum over the last W queries of p[q, j]         j before those W tokens
 
-with a pooling of ``kernel`` tokens that keeps the neighbours of a hit, and the best are kept with the W last tokens.
-Scores are frozen then: tokens that come later are never dropped, as in the reference, as long as an older prompt
-token is there to leave in their place; a layer with more ``slots`` than the prompt fills loses none.
-Query heads of one key head are pooled each for itself and then summed up as the layer's ``gqa`` says.
+with a pooling of ``kernel`` tokens that keeps the neighbours of a hit, and the best are kept with the W last tokens,
+of which the newest stay where these are more than the layer holds. Scores are frozen then: tokens that come later are
+never dropped, as in the reference, as long as an older prompt token is there to leave in their place; a layer with
+more ``slots`` than the prompt fills loses none. Query heads of one key head are pooled each for itself and then
+summed up as the layer's ``gqa`` says.
 """
 
 import dataclasses
@@ -86,9 +87,11 @@ class SnapKV(Policy):
             pooling=self.pooling,
         )
         frozen = jnp.where(before[:, None], over_queries(pooled, spec.gqa), jnp.inf)
-        return frozen, {"frozen": frozen}
+        state = {"frozen": frozen}
+        pos = statistics.pos[:, None]
+        return self.score(spec, state, pos, pos.max(axis=(1, 2)) + 1), state
 
-    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array) -> Array:
+    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
         age = (now[:, None, None] - pos).astype(jnp.float32)
         return jnp.where(jnp.isinf(state["frozen"]), LATER - age, state["frozen"])
 

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from hashml.kvcache.contract import Codec, HeadBudgets, Policy
 from hashml.models.rotary import Rotary
 
 Rope = Literal["none", "write", "read", "slot"]
+_OPTIONAL = ("prompt_slots", "sliding_window", "page_size", "pages")
+_LEAST = {"kv_heads": 1, "query_heads": 1, "head_dim": 1, "slots": 0, "window": 0, "flush": 1, "sinks": 0,
+          "prompt_slots": 0, "sliding_window": 1, "page_size": 1, "pages": 1}  # fmt: skip
+"""The least that sizes can be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +24,7 @@ class LayerSpec:
 
     Attributes:
         kv_heads, query_heads, head_dim: H, H J and D.
-        slots: main slots C; 0 for a plain sliding window.
+        slots: main slots C; 0 for a plain sliding window. Without a window, more than there are sinks.
         window: exact newest tokens R; 0 encodes a token at once.
         flush: tokens that leave the window together, G; ``window`` is a multiple of it.
         sinks: first tokens of a sequence that are never dropped, S.
@@ -62,17 +67,8 @@ class LayerSpec:
     pages: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("kv_heads", 1),
-            ("head_dim", 1),
-            ("slots", 0),
-            ("window", 0),
-            ("flush", 1),
-            ("sinks", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.query_heads < 1 or self.query_heads % self.kv_heads:
+        self._check_sizes()
+        if self.query_heads % self.kv_heads:
             raise ValueError(f"query_heads is {self.query_heads}; it must be a multiple of kv_heads, {self.kv_heads}")
         if self.slots + self.window < 1:
             raise ValueError("slots and window are both 0; the cache must keep at least one token")
@@ -83,6 +79,9 @@ class LayerSpec:
                              f"tokens that leave the window together")  # fmt: skip
         if self.sinks and not self.slots:
             raise ValueError(f"sinks is {self.sinks} and slots is 0; sinks lie in main slots")
+        if not self.window and self.slots <= self.sinks:
+            raise ValueError(f"window is 0 and slots is {self.slots}; with {self.sinks} sinks, which never leave, it "
+                             f"must be more for the newest token to have a place")  # fmt: skip
         if self.prompt_slots is not None and not self.sinks <= self.prompt_slots <= self.slots:
             raise ValueError(f"prompt_slots is {self.prompt_slots}; it must be between sinks, {self.sinks}, and "
                              f"slots, {self.slots}")  # fmt: skip
@@ -93,6 +92,20 @@ class LayerSpec:
         if not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
             raise ValueError(f"dtype is {self.dtype!r}; it must be a float")
         self.policy.check(self)
+
+    def _check_sizes(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ValueError(f"{name} is {value!r}; it must be an integer")
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name in ("policy", "key_codec", "value_codec", "rotary"):
+            value = getattr(self, name)
+            if isinstance(value, type):
+                raise ValueError(f"{name} is the class {value.__name__}; give an instance, {value.__name__}(...)")
 
     def _check_codecs(self) -> None:
         if self.rope not in ("none", "write", "read", "slot"):
@@ -107,8 +120,18 @@ class LayerSpec:
             raise ValueError(f"{self.key_codec} is for keys after rotation; rope is {self.rope!r}, not 'write'")
         if self.value_codec.keys_only:
             raise ValueError(f"value_codec is {self.value_codec}; it is for keys alone")
+        tied = self.key_codec.rotary_pairs
+        if tied is not None and self.rotary is not None and tied != self.rotary.pairs:
+            raise ValueError(f"key_codec is {self.key_codec}, which keeps {tied!r} pairs of channels together; "
+                             f"rotary turns {self.rotary.pairs!r} ones")  # fmt: skip
         for codec in (self.key_codec, self.value_codec):
             codec.check(self.head_dim)
+            if codec.needs_sinks > self.sinks:
+                raise ValueError(f"sinks is {self.sinks}; it must be at least {codec.needs_sinks}, the first tokens "
+                                 f"that {codec} keeps exact")  # fmt: skip
+            if codec.needs_sinks and self.pages is not None:
+                raise ValueError(f"pages is {self.pages}; {codec} keeps its first tokens in slots, and pages have no "
+                                 f"first slot")  # fmt: skip
             if self.slots % codec.granularity:
                 raise ValueError(f"slots is {self.slots}; it must be a multiple of {codec.granularity}, the tokens "
                                  f"that share a scale in {codec}")  # fmt: skip
@@ -121,12 +144,9 @@ class LayerSpec:
     def _check_pages(self) -> None:
         if (self.page_size is None) != (self.pages is None):
             raise ValueError(f"page_size is {self.page_size} and pages is {self.pages}; give both or neither")
-        if self.page_size is not None and self.pages is not None:
-            if self.page_size < 1 or self.slots % self.page_size or self.page_size % self.granularity:
-                raise ValueError(f"page_size is {self.page_size}; it must divide slots, {self.slots}, and be a "
-                                 f"multiple of {self.granularity}, the tokens that share a scale")  # fmt: skip
-            if self.pages < 1:
-                raise ValueError(f"pages is {self.pages}; it must be at least 1")
+        if self.page_size is not None and (self.slots % self.page_size or self.page_size % self.granularity):
+            raise ValueError(f"page_size is {self.page_size}; it must divide slots, {self.slots}, and be a multiple "
+                             f"of {self.granularity}, the tokens that share a scale")  # fmt: skip
 
     @property
     def granularity(self) -> int:
@@ -152,6 +172,12 @@ class LayerSpec:
     def capacity(self) -> int:
         """Most tokens that are kept."""
         return self.slots + self.window
+
+    @property
+    def holds(self) -> int:
+        """Tokens that a policy that keeps all loses none of, whatever the prompt's length. Tokens leave the window
+        ``flush`` at a time, and those of a prompt that are no whole block leave the rest of one empty for good."""
+        return self.capacity - (self.flush - 1 if self.window and self.slots else 0)
 
 
 def batch_spec(layers: Sequence[LayerSpec], batch: int) -> "CacheSpec":

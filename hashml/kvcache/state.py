@@ -11,12 +11,14 @@ A slot is described by its position: validity, causality, age and rotation all f
 disagree. The ring is always full, with empty entries at -1, and one index for the whole batch says where it turns.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from hashml.kvcache.contract import Codec, CodecState, PolicyState
+from hashml.kvcache.contract import Codec, CodecState, HeadBudgets, PolicyState
+from hashml.kvcache.noise import row_keys
 from hashml.kvcache.pages import Pages, empty_pages
 from hashml.kvcache.spec import CacheSpec, LayerSpec
 
@@ -43,7 +45,8 @@ class Cache(NamedTuple):
         previous: what a decoder with smeared keys carries from token to token, a row ``[B, d]`` a layer; else None.
         length: tokens seen, which is the position of the next; how many are kept is another number.
         head: where the ring is written next; when it is a multiple of ``flush`` the oldest ``flush`` entries leave.
-        key: of the policy's noise.
+        key: of the policy's noise, one typed key a row; see `hashml.kvcache.noise`.
+        born: tokens of each row's prompt.
         step: tokens decoded since the prompt.
     """
 
@@ -52,6 +55,7 @@ class Cache(NamedTuple):
     length: Int32[Array, " B"]
     head: Int32[Array, ""]
     key: Array
+    born: Int32[Array, " B"]
     step: Int32[Array, ""]
 
 
@@ -60,6 +64,15 @@ class LayerTables(NamedTuple):
 
     keys: Any = None
     values: Any = None
+
+
+def check_tables(spec: CacheSpec, tables: Sequence[LayerTables]) -> None:
+    """Raises ValueError unless there is for every layer what its codecs learn, of this model's heads."""
+    if len(tables) != len(spec.layers):
+        raise ValueError(f"tables has {len(tables)} entries; spec has {len(spec.layers)} layers")
+    for layer, known in zip(spec.layers, tables, strict=True):
+        layer.key_codec.check_tables(known.keys, layer.kv_heads, layer.head_dim)
+        layer.value_codec.check_tables(known.values, layer.kv_heads, layer.head_dim)
 
 
 def init_layer(spec: LayerSpec, batch: int) -> LayerCache:
@@ -73,9 +86,16 @@ def init_layer(spec: LayerSpec, batch: int) -> LayerCache:
         window_values=jnp.zeros(ring, spec.dtype),
         window_pos=jnp.full((batch, spec.window), -1, jnp.int32),
         policy=spec.policy.init(spec, batch),
-        caps=jnp.full((batch, spec.kv_heads), spec.slots, jnp.int32) if spec.caps else None,
+        caps=_caps(spec, batch),
         pages=None if spec.pages is None else empty_pages(spec, batch),
     )
+
+
+def _caps(spec: LayerSpec, batch: int) -> Int32[Array, "B H"] | None:
+    """The same budget for every head, as long as no prompt has shared them out."""
+    if not isinstance(spec.policy, HeadBudgets):
+        return None
+    return jnp.full((batch, spec.kv_heads), min(spec.policy.base + spec.policy.later, spec.slots), jnp.int32)
 
 
 def _store(spec: LayerSpec, codec: Codec, batch: int) -> CodecState:
@@ -93,7 +113,7 @@ def init(spec: CacheSpec, key: Array, previous: tuple[Any, ...] | None = None) -
 
     Args:
         spec: of the layers.
-        key: of the policy's noise.
+        key: of the policy's noise: one, from which each row's is drawn, or ``[B]`` of the rows.
         previous: a row of zeros ``[B, d]`` a layer for a decoder with smeared keys.
     """
     return Cache(
@@ -101,7 +121,8 @@ def init(spec: CacheSpec, key: Array, previous: tuple[Any, ...] | None = None) -
         previous=(None,) * len(spec.layers) if previous is None else previous,
         length=jnp.zeros(spec.batch, jnp.int32),
         head=jnp.zeros((), jnp.int32),
-        key=key,
+        key=row_keys(key, spec.batch),
+        born=jnp.zeros(spec.batch, jnp.int32),
         step=jnp.zeros((), jnp.int32),
     )
 

@@ -2,6 +2,9 @@
 
 A codec makes rows for G tokens and knows no slot; here they find their place. Leaves that have a row for every token
 are written at ``slot``, those with a row for a block of tokens at ``slot // granularity``.
+
+A slot is emptied by its position alone, and its attention is 0; but 0 times NaN is NaN, so what is stored of values
+is finite throughout: see `write`.
 """
 
 from typing import Any
@@ -36,6 +39,10 @@ def write(
 ) -> LayerCache:
     """Puts G tokens into main slots.
 
+    A token whose value is no number, or too large for the store, gets zeros for it, and a key that is NaN where the
+    codec of keys can say so. Seen, it then spoils what its row reads, as it should; its slot emptied, or its page
+    given to another row, it spoils nothing, since logits of empty slots are never looked at.
+
     Args:
         spec, layer: what is written to.
         keys, values: from `quantise`.
@@ -43,6 +50,7 @@ def write(
         slot: where; whole blocks in order where codecs have a granularity.
         mask: which are written at all; the others go nowhere. Equal within a block.
     """
+    keys, values = _numbers(layer, keys, values)
     heads = spec.kv_heads
     places = jnp.broadcast_to(jnp.where(mask, slot, spec.slots), (pos.shape[0], heads, pos.shape[2]))
     pages = layer.pages
@@ -72,12 +80,32 @@ def write(
     )
 
 
+def _numbers(layer: LayerCache, keys: Rows, values: Rows) -> tuple[Rows, Rows]:
+    """Rows in the store's dtypes, where a value that is not finite is 0 and its key NaN."""
+    keys = {name: rows.astype(layer.keys.slots[name].dtype) for name, rows in keys.items()}
+    values = {name: rows.astype(layer.values.slots[name].dtype) for name, rows in values.items()}
+    count = max(rows.shape[2] for rows in (*keys.values(), *values.values()))
+    spoilt = jnp.zeros((1, 1, count), bool)
+    for name, rows in values.items():
+        if jnp.issubdtype(rows.dtype, jnp.floating):
+            finite = jnp.isfinite(rows.astype(jnp.float32))
+            values[name] = jnp.where(finite, rows, 0)
+            bad = ~finite.reshape(*rows.shape[:3], -1).all(axis=3)
+            spoilt = spoilt | jnp.repeat(bad, count // rows.shape[2], axis=2)
+    for name, rows in keys.items():
+        if jnp.issubdtype(rows.dtype, jnp.floating):
+            bad = spoilt.reshape(*spoilt.shape[:2], rows.shape[2], -1).any(axis=3)
+            bad = bad.reshape(*bad.shape, *(1,) * (rows.ndim - 3))
+            keys[name] = jnp.where(bad, jnp.asarray(jnp.nan, rows.dtype), rows)
+    return keys, values
+
+
 def _put(spec: LayerSpec, state: CodecState, rows: Rows, places: Array, pages: Pages | None) -> CodecState:
     batch, heads, count = places.shape
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
     slots = {}
     for name, leaf in state.slots.items():
-        row = rows[name].astype(leaf.dtype)
+        row = rows[name]
         block = count // row.shape[2]
         at = places[:, :, ::block]
         if pages is None:
@@ -99,14 +127,16 @@ def _marked(index: Int32[Array, "B H G"], size: int) -> Bool[Array, "B H {size}"
 
 
 def view(spec: LayerSpec, layer: LayerCache) -> tuple[CodecState, CodecState]:
-    """Keys and values as slots, ``[B, H, C, ...]``; of a paged store a gathered copy."""
+    """Keys and values as slots, ``[B, H, C, ...]``; of a paged store a gathered copy, zeros where it has no page."""
     if layer.pages is None:
         return layer.keys, layer.values
-    assert spec.page_size is not None
-    table = jnp.maximum(layer.pages.table, 0)
+    table = layer.pages.table
 
     def gather(state: CodecState) -> CodecState:
-        found = {name: leaf[table] for name, leaf in state.slots.items()}
+        found = {
+            name: leaf.at[jnp.where(table < 0, leaf.shape[0], table)].get(mode="fill", fill_value=0)
+            for name, leaf in state.slots.items()
+        }
         return CodecState({n: x.reshape(*x.shape[:2], -1, *x.shape[4:]) for n, x in found.items()}, state.fixed)
 
     return gather(layer.keys), gather(layer.values)

@@ -36,7 +36,7 @@ class Streaming(Policy):
         pos = statistics.pos[:, None]
         return (pos - pos.max(axis=-1, keepdims=True)).astype(jnp.float32), {}
 
-    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array) -> Array:
+    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
         return (pos - now[:, None, None]).astype(jnp.float32)
 
 

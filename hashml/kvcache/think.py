@@ -6,9 +6,10 @@ keeps the ``D' = D - int(D dropped)`` channels of highest
 
     score[d] = mean over the last queries of q[d]^2  *  mean over the keys that stay of k[d]^2
 
-in ascending order. Main slots hold those channels alone, coded by any ``inner`` codec, and a query is gathered at
-them; the window keeps all channels, and logits are divided by the square root of the whole D. The choice is made
-once, and a token is pruned when it leaves the window. Before a prompt was seen the first D' channels are kept.
+in ascending order; the window's keys are among those that stay. Main slots hold those channels alone, coded by any
+``inner`` codec, and a query is gathered at them; the window keeps all channels, and logits are divided by the square
+root of the whole D. The choice is made once, and a token is pruned when it leaves the window. Before a prompt was
+seen the first D' channels are kept.
 
 Rotation turns the channels ``(i, i + D/2)`` together, so for keys that are stored raw a mask of single channels does
 not commute with it. ``pair_tied`` keeps or drops such pairs whole, by
@@ -16,12 +17,15 @@ not commute with it. ``pair_tied`` keeps or drops such pairs whole, by
     score[i] = mean(q[i]^2 + q[i + D/2]^2) * mean(k[i]^2 + k[i + D/2]^2)
 
 which no rotation changes. It is the only form for raw keys and the codecs of raw keys (`Coupled` loses whole groups,
-each with its partner's). Models whose pairs are interleaved are brought to this order by `hashml.models.rotary`.
+each with its partner's). Where a model's rotation turns neighbours ``(2i, 2i + 1)`` instead, ``pairs`` says so.
+
+D' is seldom a number that kernels or groups of channels like: ``multiple_of`` keeps as many more as it takes.
 """
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +44,10 @@ class ThinK(Codec):
         inner: codec of the kept channels.
         dropped: the part of channels that goes, lambda; at least 0 and below 1. With ``pair_tied`` the number is
             rounded down to whole pairs, or whole groups of `Coupled` with their partners.
-        pair_tied: whether channels are kept in rotary pairs ``(i, i + D/2)``.
+        pair_tied: whether channels are kept in rotary pairs.
+        multiple_of: the kept channels are a multiple of it, and as many more than ``dropped`` leaves as that takes.
+        pairs: which channels are a pair, as in `hashml.models.rotary.Rotary`: ``(i, i + D/2)``, or ``(2i, 2i + 1)``.
+        queries: W, the last queries of a prompt that choose.
 
     Raises:
         ValueError: for an inner codec that cannot be pruned so, or a part out of range.
@@ -49,10 +56,19 @@ class ThinK(Codec):
     inner: Codec
     dropped: float | int = 0.4
     pair_tied: bool = False
+    multiple_of: int = 1
+    pairs: Literal["half", "interleaved"] = "half"
+    queries: int = 32
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropped < 1:
             raise ValueError(f"dropped is {self.dropped}; a part of the channels is at least 0 and below 1")
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of is {self.multiple_of}; it must be at least 1")
+        if self.queries < 1:
+            raise ValueError(f"queries is {self.queries}; at least 1 of the prompt's last queries must choose")
+        if self.pairs not in ("half", "interleaved"):
+            raise ValueError(f"pairs is {self.pairs!r}; it must be 'half' or 'interleaved'")
 
     @property
     def granularity(self) -> int:
@@ -67,6 +83,14 @@ class ThinK(Codec):
         return True
 
     @property
+    def observed(self) -> int:
+        return self.queries
+
+    @property
+    def rotary_pairs(self) -> str | None:
+        return self.pairs if self.pair_tied else None
+
+    @property
     def roles(self) -> dict[str, Role]:
         return {**self.inner.roles, "channels": "index", "width": "index"}
 
@@ -77,27 +101,43 @@ class ThinK(Codec):
 
     def kept(self, head_dim: int) -> int:
         """Channels that main slots hold, D'."""
-        together = 2 * self._unit if self.pair_tied else 1
-        return head_dim - int(head_dim * self.dropped) // together * together
+        together = math.lcm(self._together, self.multiple_of)
+        return -(-(head_dim - int(head_dim * self.dropped)) // together) * together
+
+    @property
+    def _together(self) -> int:
+        """Channels that stay or go together, a pair's partners among them."""
+        if not self.pair_tied:
+            return 1
+        return 2 * self._unit if self.pairs == "half" else math.lcm(self._unit, 2)
 
     def check(self, head_dim: int) -> None:
         if isinstance(self.inner, ThinK):
             raise ValueError(f"inner is {self.inner}; its channels are pruned already")
+        if self.inner.needs_sinks:
+            raise ValueError(f"inner is {self.inner}; its first tokens are exact and have all channels, so that it "
+                             f"is ThinK that goes inside")  # fmt: skip
         if self.inner.space == "pre_rope" and not self.pair_tied:
             raise ValueError(f"inner is {self.inner}, for keys before rotation; pair_tied must be True, since a mask "
                              f"of single channels does not commute with rotation")  # fmt: skip
         if self.inner.space == "post_rope" and self.pair_tied:
             raise ValueError(f"inner is {self.inner}, for keys after rotation; pair_tied must be False")
-        if self.pair_tied and head_dim % (2 * self._unit):
+        if head_dim % self._together:
             raise ValueError(f"the head's width is {head_dim}; pair_tied with {self.inner} needs a multiple of "
-                             f"{2 * self._unit}, so that whole groups of channels have whole partners")  # fmt: skip
+                             f"{self._together}, so that whole groups of channels have whole partners")  # fmt: skip
+        if head_dim % math.lcm(self._together, self.multiple_of):
+            raise ValueError(f"multiple_of is {self.multiple_of}; it must divide the head's width, {head_dim}, "
+                             f"together with the {self._together} channels that stay or go at once")  # fmt: skip
         self.inner.check(self.kept(head_dim))
+
+    def check_tables(self, params: Any, heads: int, head_dim: int) -> None:
+        self.inner.check_tables(params, heads, head_dim)
 
     def init(self, batch: int, heads: int, slots: int, head_dim: int, dtype: Any) -> CodecState:
         kept = self.kept(head_dim)
         inner = self.inner.init(batch, heads, slots, kept, dtype)
         channels = jnp.arange(kept)
-        if self.pair_tied:
+        if self.pair_tied and self.pairs == "half":
             channels = jnp.where(channels < kept // 2, channels, channels - kept // 2 + head_dim // 2)
         channels = channels.astype(jnp.uint8 if head_dim <= 256 else jnp.int32)
         fixed = {
@@ -116,7 +156,9 @@ class ThinK(Codec):
         merged = (batch, heads, group * count)
         query_energy = mean_square(queries.reshape(*merged, width), queries_valid.reshape(merged))
         old = fixed["channels"]
-        choose = functools.partial(choose_pairs, unit=self._unit) if self.pair_tied else choose_channels
+        choose = choose_channels
+        if self.pair_tied:
+            choose = functools.partial(choose_pairs, unit=self._unit, pairs=self.pairs)
         chosen = choose(query_energy, mean_square(keys, keys_valid), old.shape[-1])
         return fixed | {"channels": chosen.astype(old.dtype)}
 
@@ -166,13 +208,23 @@ def choose_channels(
 
 
 def choose_pairs(
-    query_energy: Float[Array, "B H D"], key_energy: Float[Array, "B H D"], count: int, *, unit: int = 1
-) -> Int32[Array, "B H {count}"]:
+    query_energy: Float[Array, "B H D"], key_energy: Float[Array, "B H D"], count: int, *, unit: int = 1,
+    pairs: Literal["half", "interleaved"] = "half",
+) -> Int32[Array, "B H {count}"]:  # fmt: skip
     """As `choose_channels`, of whole pairs ``(i, i + D/2)``, in runs of ``unit`` neighbours; ``count`` is a multiple
-    of ``2 unit``. A pair's score is the product of its energies, a run's the sum of its pairs'."""
+    of ``2 unit``. A pair's score is the product of its energies, a run's the sum of its pairs'.
+
+    With interleaved ``pairs``, ``(2i, 2i + 1)``, a run is whole pairs and whole units, and needs no partner.
+    """
     *lead, width = query_energy.shape
-    of_queries, of_keys = (x.reshape(*lead, 2, width // 2).sum(axis=-2) for x in (query_energy, key_energy))
-    scores = (of_queries * of_keys).reshape(*lead, width // (2 * unit), unit).sum(axis=-1)
-    runs = jnp.sort(jax.lax.top_k(scores, count // (2 * unit))[1], axis=-1)
+    half = pairs == "half"
+    # Partners side by side on the axis that is summed up.
+    shape, axis = ((2, width // 2), -2) if half else ((width // 2, 2), -1)
+    of_queries, of_keys = (x.reshape(*lead, *shape).sum(axis=axis) for x in (query_energy, key_energy))
+    run = unit if half else math.lcm(unit, 2) // 2  # pairs
+    scores = (of_queries * of_keys).reshape(*lead, width // (2 * run), run).sum(axis=-1)
+    runs = jnp.sort(jax.lax.top_k(scores, count // (2 * run))[1], axis=-1)
+    if not half:
+        return (runs[..., None] * 2 * run + jnp.arange(2 * run)).reshape(*lead, count)
     first = (runs[..., None] * unit + jnp.arange(unit)).reshape(*lead, count // 2)
     return jnp.concatenate([first, first + width // 2], axis=-1)

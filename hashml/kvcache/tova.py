@@ -14,7 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hashml.kvcache.contract import Attention, Policy, PolicyState, PrefillStatistics
+from hashml.kvcache.contract import Attention, Policy, PolicyState, PrefillStatistics, Queries
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.streaming import break_ties
 
@@ -40,7 +40,7 @@ class TOVA(Policy):
         return break_ties(last, statistics.pos[:, None]), {"last": last}
 
     def observe(
-        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, key: Array, step: Array
+        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, queries: Queries
     ) -> PolicyState:
         rows = attention.probs.mean(axis=(1, 2))
         # A row of the batch that brings fewer queries than others keeps what its own last one said.
@@ -49,5 +49,5 @@ class TOVA(Policy):
         new = jnp.take_along_axis(rows, last[:, None, None], axis=1)
         return {"last": jnp.where(asks.any(axis=1)[:, None, None], new, state["last"])}
 
-    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array) -> Array:
+    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
         return break_ties(state["last"], pos)

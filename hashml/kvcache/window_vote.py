@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from hashml.kvcache.contract import Attention, Policy, PolicyState, PrefillStatistics
+from hashml.kvcache.contract import Attention, Policy, PolicyState, PrefillStatistics, Queries
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.streaming import break_ties
 
@@ -108,11 +108,11 @@ class WindowVote(Policy):
         return self._rank(state, jnp.broadcast_to(statistics.pos[:, None], (batch, heads, tokens))), state
 
     def observe(
-        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, key: Array, step: Array
+        self, spec: LayerSpec, state: PolicyState, attention: Attention, pos: Array, queries: Queries
     ) -> PolicyState:
         return self._push(state, attention)
 
-    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array) -> Array:
+    def score(self, spec: LayerSpec, state: PolicyState, pos: Array, now: Array, key: Array | None = None) -> Array:
         return self._rank(state, pos)
 
     def _push(self, state: PolicyState, attention: Attention) -> PolicyState:

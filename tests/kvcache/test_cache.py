@@ -10,7 +10,7 @@ import pytest
 
 from hashml.kvcache.ada_kv import AdaKV
 from hashml.kvcache.attending import attend, observe, stored_keys
-from hashml.kvcache.contract import Codec, Policy
+from hashml.kvcache.contract import Codec, Policy, Queries
 from hashml.kvcache.controls import KeyNorm, RandomEviction
 from hashml.kvcache.corm import Corm
 from hashml.kvcache.coupled import Coupled
@@ -22,6 +22,7 @@ from hashml.kvcache.integer import Float8, Int8, IntGroup
 from hashml.kvcache.keyformer import Keyformer
 from hashml.kvcache.kivi import KiviKeys
 from hashml.kvcache.kvquant import NonUniformKeys, NonUniformValues
+from hashml.kvcache.noise import row_keys
 from hashml.kvcache.prefill import prefill_layer
 from hashml.kvcache.scissorhands import Scissorhands, ScissorhandsRelease
 from hashml.kvcache.snap_kv import SnapKV
@@ -139,23 +140,24 @@ def runner(name: str):
     @jax.jit
     def run(q, k, v, pos, key):
         part = slice(0, PROMPT)
-        layer = prefill_layer(spec, tables, q[:, :, part], k[:, :, part], v[:, :, part], pos, key)
+        keys, born = row_keys(key, 2), pos.max(axis=1) + 1
+        layer = prefill_layer(spec, tables, q[:, :, part], k[:, :, part], v[:, :, part], pos, keys)
 
         def one(carry, x):
-            layer, head, now, step = carry
+            layer, head, now = carry
             q1, k1, v1 = (leaf[:, :, None] for leaf in x)
             at = now[:, None]
-            scores = spec.policy.score(spec, layer.policy, all_positions(spec, layer), now)
+            scores = spec.policy.score(spec, layer.policy, all_positions(spec, layer), now, keys)
             before = all_positions(spec, layer)
-            layer = evict(spec, tables, layer, head, now)
-            layer = append(spec, tables, layer, head, stored_keys(spec, k1, at), v1, at, now)
+            layer = evict(spec, tables, layer, head, now, keys)
+            layer = append(spec, tables, layer, head, stored_keys(spec, k1, at), v1, at, now, keys)
             out, attention = attend(spec, tables, layer, q1, at)
-            layer = observe(spec, layer, attention, jax.random.fold_in(key, step), step)
+            layer = observe(spec, layer, attention, Queries(at, keys, born))
             head = (head + 1) % spec.window if spec.window else head
             seen = {"pos": all_positions(spec, layer), "out": out[:, :, 0], "scores": scores, "before": before}
-            return (layer, head, now + 1, step + 1), seen
+            return (layer, head, now + 1), seen
 
-        start = (layer, jnp.zeros((), jnp.int32), pos.max(axis=1) + 1, jnp.zeros((), jnp.int32))
+        start = (layer, jnp.zeros((), jnp.int32), born)
         steps = tuple(jnp.moveaxis(x[:, :, PROMPT:], 2, 0) for x in (q, k, v))
         (layer, *_), seen = jax.lax.scan(one, start, steps)
         return layer, seen

@@ -56,6 +56,9 @@ CASES = {
     "think, int": Case(ThinK(IntGroup(4, 4), 0.5), {}, (4 + 32 / 4) / 2 + 8 / 2 / 64),
     "think, kivi": Case(ThinK(KiviKeys(2, 4), 0.5), {}, (2 + 32 / 4) / 2 + 8 / 2 / 64),
     "think, cq": Case(ThinK(Coupled(4, 8), 0.5, pair_tied=True), book(4, 8), 2 / 2 + 8 / 2 / 64),
+    # 51 of 128 go, and of the 77 kept ones there are 3 more, up to a multiple of 8.
+    "think, int, padded": Case(ThinK(IntGroup(4, 8), 0.4, multiple_of=8), {}, (4 + 4) * 80 / 128 + 8 * 80 / 128 / 64),
+    "think, cq, neighbours": Case(ThinK(Coupled(4, 8), 0.5, True, pairs="interleaved"), book(4, 8), 1 + 8 / 2 / 64),
     "think, nuq": Case(ThinK(NonUniformKeys(2, 1), 0.25, True), RANGES, 2 * 0.75 + 24 / 128 + 8 * 0.75 / 64),
 }
 MEASURES_ANEW = ("nuq values", "nuq values, outlier")
@@ -238,6 +241,38 @@ def test_fp8_keeps_relative_precision_beside_a_large_value():
     assert error[Int8].max() == 1
 
 
+NAN_SPOILS = {
+    "dense": "itself", "int8": "token", "fp8": "token", "int4 in 16s": "token", "int2 in 8s": "group of 8",
+    "kivi 2": "channel of a block", "nuq keys": "nothing", "nuq keys, outliers": "itself", "nuq values": "token",
+    "nuq values, outlier": "token but its outliers", "cq 8c8b": "nothing", "think": "itself",
+}  # fmt: skip
+"""What a NaN in one channel of one token makes of the decoded tokens."""
+
+
+@pytest.mark.parametrize("name", NAN_SPOILS)
+def test_a_nan_spoils_what_the_docstring_says(name):
+    """And nothing else; where it spoils nothing it is hidden, in a number that means nothing."""
+    codec, params, _ = CASES[name]
+    row, channel = 5, 2
+    x = normal(B, H, C, D)
+    broken = x.at[1, 0, row, channel].set(jnp.nan)
+    fixed = codec.init(B, H, C, D, jnp.float32).fixed
+    spoilt = np.zeros((B, H, C, D), bool)
+    place = {"itself": (row, channel), "token": row, "token but its outliers": row, "group of 8": (row, slice(8)),
+             "nothing": slice(0), "channel of a block": (slice(4, 8), channel)}[NAN_SPOILS[name]]  # fmt: skip
+    spoilt[1, 0][place] = True
+    rows = [quantise(codec, params, fixed, y) for y in (x, broken)]
+    if "outliers" in NAN_SPOILS[name]:
+        spoilt[1, 0, row, np.asarray(rows[1]["outlier_index"])[1, 0, row]] = False
+    decoded = [np.asarray(decode(codec, params, one, fixed)) for one in rows]
+    np.testing.assert_array_equal(np.isnan(decoded[1]), spoilt)
+    elsewhere = np.ones((B, H, C), bool)
+    elsewhere[1, 0, 4 : 8 if codec.granularity > 1 else 6] = codec.granularity > 1
+    elsewhere[1, 0, row] = False
+    same = elsewhere[..., None] & ~spoilt
+    np.testing.assert_array_equal(decoded[0][same], decoded[1][same])
+
+
 def test_huge_and_tiny_values_stay_finite():
     """Scales end where float16 does; nothing is NaN, whatever comes in."""
     for codec in (Int8(), Float8(), IntGroup(2, 8), KiviKeys(2, 4), NonUniformValues(2, 1)):
@@ -264,6 +299,7 @@ def test_huge_and_tiny_values_stay_finite():
         (lambda: NonUniformKeys(9), "bits is 9; allowed are 1 to 8"),
         (lambda: NonUniformValues(2, -1), "outliers is -1; it is not negative"),
         (lambda: ThinK(Dense(), 1.0), "dropped is 1.0; a part of the channels is at least 0 and below 1"),
+        (lambda: ThinK(Dense(), multiple_of=0), "multiple_of is 0; it must be at least 1"),
     ],
 )
 def test_refuses_values(make, message):
@@ -290,6 +326,7 @@ def test_refuses_values(make, message):
         ),
         (ThinK(Coupled(4, 4), pair_tied=True), 20, "needs a multiple of 8, so that whole groups"),
         (ThinK(IntGroup(2, 8), 0.3), 16, "group is 8; it must divide the head's width, 12"),
+        (ThinK(Dense(), 0.3, multiple_of=8), 20, "multiple_of is 8; it must divide the head's width, 20"),
     ],
 )
 def test_refuses_heads_that_do_not_fit(codec, width, message):

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hashml.kvcache.contract import Attention
+from hashml.kvcache.contract import Attention, Queries
 from hashml.kvcache.corm import Corm
 from hashml.kvcache.dense import Dense
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.window_vote import empty_rings, push_votes
 
 B, H, J, N, QUERIES = 2, 2, 2, 12, 20
-KEY = jax.random.key(0)
+ASKS = Queries(jnp.zeros((B, 1), jnp.int32), jax.random.split(jax.random.key(0), B), jnp.zeros(B, jnp.int32))
+"""Who asks; votes do not depend on it."""
 POS = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, H, N))
 NOW = jnp.full(B, QUERIES)
 
@@ -40,7 +41,7 @@ def rows(seed: int) -> Attention:
 
 def after(policy: Corm, attention: Attention) -> tuple[LayerSpec, dict]:
     spec = layer_spec(policy)
-    return spec, policy.observe(spec, policy.init(spec, B), attention, POS, KEY, jnp.asarray(0))
+    return spec, policy.observe(spec, policy.init(spec, B), attention, POS, ASKS)
 
 
 @pytest.mark.parametrize("votes", ["any", "mean"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hashml.kvcache.ada_kv import AdaKV
-from hashml.kvcache.contract import MASKED, Attention, Policy, PrefillStatistics
+from hashml.kvcache.contract import MASKED, Attention, Policy, PrefillStatistics, Queries
 from hashml.kvcache.controls import KeyNorm, RandomEviction
 from hashml.kvcache.corm import Corm
 from hashml.kvcache.dense import Dense
@@ -25,7 +25,7 @@ from hashml.kvcache.tova import TOVA
 from hashml.kvcache.window_vote import WindowVote, count_queries, count_votes
 
 B, H, J, D, T = 3, 2, 3, 4, 12
-KEY = jax.random.key(0)
+KEYS = jax.random.split(jax.random.key(0), B)
 QUICK = {"xla_backend_optimization_level": 0}
 """What is compiled here runs a few times."""
 
@@ -89,7 +89,8 @@ def statistics(policy: Policy, seed: int, pos: np.ndarray, gqa: str = "mean") ->
             *(jnp.pad(x, ((0, 0),) * 3 + ((short, 0), (0, 0)))[..., -policy.observed :, :] for x in full)
         )
     if policy.sums_columns:
-        given = policy.weigh(full.logits, full.valid, KEY, jnp.asarray(0))
+        at = jnp.asarray(pos)
+        given = policy.weigh(full.logits, full.valid, at[:, None], Queries(at, KEYS, at.max(axis=1) + 1))
         sums = {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}[gqa](given, axis=2).sum(axis=2)
     counts = full.valid[:, 0, 0].sum(axis=1, dtype=jnp.int32)
     return PrefillStatistics(jnp.asarray(pos), keys, keys, last, sums, counts)
@@ -101,25 +102,28 @@ def row(attention: Attention, first: int, after: int) -> Attention:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def from_prefill(policy: Policy, spec: LayerSpec, prompt: PrefillStatistics) -> tuple[jax.Array, Any]:
-    return policy.from_prefill(spec, prompt, KEY)
+    return policy.from_prefill(spec, prompt, KEYS)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def _observe(
-    policy: Policy, spec: LayerSpec, state: Any, attention: Attention, pos: jax.Array, step: jax.Array
+    policy: Policy, spec: LayerSpec, state: Any, attention: Attention, pos: jax.Array, asks: jax.Array
 ) -> Any:
     shown = jnp.broadcast_to(pos[:, None], (pos.shape[0], spec.head_pos, pos.shape[1]))
-    return policy.observe(spec, state, attention, shown, KEY, step)
+    return policy.observe(spec, state, attention, shown, Queries(asks, KEYS, jnp.zeros(B, jnp.int32)))
 
 
 def observe(policy: Policy, spec: LayerSpec, state: Any, attention: Attention, pos: np.ndarray, step: int) -> Any:
-    return _observe(policy, spec, state, attention, jnp.asarray(pos), jnp.asarray(step, jnp.int32))
+    """The queries stand at ``step`` and after it, in rows without a prompt."""
+    asks = step + jnp.arange(attention.logits.shape[3], dtype=jnp.int32)
+    return _observe(policy, spec, state, attention, jnp.asarray(pos), jnp.broadcast_to(asks, (B, asks.size)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def decide(policy: Policy, spec: LayerSpec, state: Any, pos: jax.Array, now: jax.Array) -> Any:
     shown = jnp.broadcast_to(pos[:, None], (pos.shape[0], spec.head_pos, pos.shape[1]))
-    return tuple(f(spec, state, shown, now) for f in (policy.score, policy.expire, policy.admit))
+    scores = policy.score(spec, state, shown, now, KEYS)
+    return scores, *(f(spec, state, shown, now) for f in (policy.expire, policy.admit))
 
 
 @each
@@ -254,10 +258,10 @@ def test_query_heads_are_summed_up_as_the_layer_asks(gqa):
 
     policy = SnapKV(queries=2, kernel=1)
     spec = layer_spec(policy, gqa=gqa)
-    frozen, _ = policy.from_prefill(spec, statistics(policy, 8, pos), KEY)
+    frozen, _ = policy.from_prefill(spec, statistics(policy, 8, pos), KEYS)
     expected = how(probs[:, :, :, -2:].sum(axis=3), axis=2)
     np.testing.assert_allclose(frozen[:, :, :-2], np.where(pos[:, None, :-2] < 0, 0, expected[..., :-2]), rtol=1e-5)
-    assert np.isinf(frozen[:, :, -2:]).all()
+    assert (frozen[:, :, -2:] > expected.max()).all()
 
 
 def test_normalised_sums_are_means_over_the_queries_that_saw_the_key():
@@ -265,7 +269,7 @@ def test_normalised_sums_are_means_over_the_queries_that_saw_the_key():
     attention = causal(9, pos)
     policy = HeavyHitters(normalise=True)
     spec = layer_spec(policy)
-    scores, _ = policy.from_prefill(spec, statistics(policy, 9, pos), KEY)
+    scores, _ = policy.from_prefill(spec, statistics(policy, 9, pos), KEYS)
     probs, valid = np.asarray(attention.probs).mean(axis=2), np.asarray(attention.valid)
     for b, h, j in np.ndindex(B, H, T):
         rows = [probs[b, h, q, j] for q in range(T) if valid[b, 0, 0, q, j]]
@@ -274,7 +278,7 @@ def test_normalised_sums_are_means_over_the_queries_that_saw_the_key():
 
 def test_all_scores_ever_handed_out_by_h2o_add_up_to_the_queries():
     pos = positions((12, 7, 3), T)
-    scores, _ = HeavyHitters().from_prefill(layer_spec(HeavyHitters()), statistics(HeavyHitters(), 10, pos), KEY)
+    scores, _ = HeavyHitters().from_prefill(layer_spec(HeavyHitters()), statistics(HeavyHitters(), 10, pos), KEYS)
     np.testing.assert_allclose(scores.sum(axis=-1), np.repeat([[12.0], [7.0], [3.0]], H, axis=1), rtol=1e-5)
 
 
@@ -330,30 +334,37 @@ def test_ties_are_broken_by_age(leaves):
     np.testing.assert_array_equal(np.sort(ranks), np.arange(50))
 
 
-def test_random_draws_are_uniform_are_made_once_and_only_for_tokens():
-    policy = RandomEviction()
-    spec = layer_spec(policy, slots=2000, window=0)
-    pos = jnp.where(jnp.arange(2000) < 1500, jnp.arange(2000), -1).astype(jnp.int32)
-    pos = jnp.broadcast_to(pos, (B, H, 2000))
-    attention = Attention(
-        jnp.zeros((B, H, J, 1, 2000)), jnp.zeros((B, H, J, 1, 2000)), jnp.ones((B, 1, 1, 1, 2000), bool)
-    )
-    once = policy.observe(spec, policy.init(spec, B), attention, pos, KEY, jnp.asarray(0))["draw"]
-    twice = policy.observe(spec, {"draw": once}, attention, pos, KEY, jnp.asarray(1))["draw"]
-    np.testing.assert_array_equal(once, twice)
-    assert (once[..., 1500:] == -1).all()
-    draws = np.asarray(once[..., :1500])
-    assert ((draws >= 0) & (draws < 1)).all()
-    # A uniform mean has the variance 1 / 12 n; two heads' draws are uncorrelated.
-    assert abs(draws.mean() - 0.5) < 4 * np.sqrt(1 / 12 / draws.size)
-    assert abs(np.corrcoef(draws[0, 0], draws[0, 1])[0, 1]) < 4 / np.sqrt(1500)
+def test_random_draws_are_uniform_and_those_of_the_row_head_and_position():
+    """They cost no state, and it is nothing to them in which slot, beside which tokens and rows, and when."""
+    policy, tokens = RandomEviction(), 2000
+    spec = layer_spec(policy, slots=tokens, window=0)
+    assert not policy.init(spec, B)
+    pos = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (B, H, tokens))
+    draws = np.asarray(policy.score(spec, {}, pos, jnp.full(B, tokens), KEYS))
+    assert ((draws > 0) & (draws < 1)).all()
+    assert np.unique(draws).size > 0.99 * draws.size
+    # A uniform mean has the variance 1 / 12 n, its square's mean 4 / 45 n; draws of heads and rows are uncorrelated.
+    assert abs(draws.mean() - 1 / 2) < 4 * np.sqrt(1 / 12 / draws.size)
+    assert abs((draws**2).mean() - 1 / 3) < 4 * np.sqrt(4 / 45 / draws.size)
+    lines = draws.reshape(B * H, tokens)
+    np.testing.assert_array_less(np.abs(np.corrcoef(lines)[np.triu_indices(B * H, 1)]), 4 / np.sqrt(tokens))
+    # Of another order, of one row alone, of a prompt with padding.
+    order = np.random.default_rng(0).permutation(tokens)
+    alone = policy.score(spec, {}, pos[1:2, :, order], jnp.full(1, 9), KEYS[1:2])
+    np.testing.assert_array_equal(alone, draws[1:2, :, order])
+    prompt = statistics(policy, 1, positions((12, 7, 3), T))
+    scores, _ = policy.from_prefill(spec, prompt, KEYS)
+    for b, length in enumerate((12, 7, 3)):
+        np.testing.assert_array_equal(scores[b, :, T - length :], draws[b, :, :length])
+    with pytest.raises(ValueError, match="key is None; random eviction draws by the keys"):
+        policy.score(spec, {}, pos, jnp.full(B, 9))
 
 
 @pytest.mark.parametrize("keep", ["low", "high"])
 def test_key_norm_keeps_low_or_high_norms(keep):
     policy = KeyNorm(keep=keep)
     prompt = statistics(policy, 13, positions((12, 7, 3), T))
-    scores, state = policy.from_prefill(layer_spec(policy), prompt, KEY)
+    scores, state = policy.from_prefill(layer_spec(policy), prompt, KEYS)
     norms = np.sqrt((np.asarray(prompt.keys, np.float64) ** 2).sum(axis=-1))
     np.testing.assert_array_equal(np.argsort(scores), np.argsort(norms if keep == "high" else -norms))
     np.testing.assert_array_equal(state["norm"], policy.enter(layer_spec(policy), prompt.keys)["norm"])

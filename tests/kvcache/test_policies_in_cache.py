@@ -12,13 +12,17 @@ import pytest
 
 from hashml.kvcache.ada_kv import AdaKV
 from hashml.kvcache.attending import attend, observe
-from hashml.kvcache.contract import Policy
+from hashml.kvcache.contract import Policy, Queries
 from hashml.kvcache.controls import RandomEviction
 from hashml.kvcache.corm import Corm
 from hashml.kvcache.dense import Dense
+from hashml.kvcache.engine import cache_engine
 from hashml.kvcache.eviction import append, evict
+from hashml.kvcache.full import KeepAll
 from hashml.kvcache.h2o import HeavyHitters
+from hashml.kvcache.integer import IntGroup
 from hashml.kvcache.keyformer import Keyformer
+from hashml.kvcache.kivi import KiviKeys
 from hashml.kvcache.prefill import prefill_layer
 from hashml.kvcache.scissorhands import Scissorhands, ScissorhandsRelease
 from hashml.kvcache.snap_kv import SnapKV
@@ -26,6 +30,7 @@ from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.state import LayerTables, all_positions
 from hashml.kvcache.streaming import Streaming
 from hashml.kvcache.tova import TOVA
+from hashml.models.decoder import DecoderConfig, decoder_model
 
 H, J, D, STEPS = 2, 2, 4, 26
 PROMPTS = (14, 3)
@@ -52,6 +57,9 @@ def stream(batch: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.nd
     return (2 * q).astype(np.float32), (1.5 * k).astype(np.float32), v.astype(np.float32)
 
 
+MODEL = decoder_model(DecoderConfig(vocabulary=2, features=2, layers=1, heads=1, kv_heads=1, head_dim=2, hidden=2))
+
+
 class Run(NamedTuple):
     """Positions ``[steps, B, P, C + R]`` and outputs ``[steps, B, Hq, D]`` of every decode step."""
 
@@ -61,31 +69,35 @@ class Run(NamedTuple):
     """Positions after the prompt."""
 
 
-def decode(spec: LayerSpec, *, batch: int = 2, seed: int = 0, steps: int = STEPS) -> Run:
-    """The framework's steps, compiled as one program."""
+def decode(
+    spec: LayerSpec, *, batch: int = 2, seed: int = 0, steps: int = STEPS, prompts: tuple[int, ...] = PROMPTS
+) -> Run:
+    """The framework's steps, compiled as one program; ``prompts`` are lengths of rows, none above the longest."""
     q, k, v = stream(batch, seed)
-    lengths = np.resize(PROMPTS, batch)
+    lengths = np.resize(prompts, batch)
     # Padded in front.
-    width = max(PROMPTS)
+    width = max(prompts)
     place = np.arange(width)[None] - (width - lengths)[:, None]
     prompt = [np.take_along_axis(x, np.maximum(place, 0)[:, None, :, None], axis=2) for x in (q, k, v)]
     after = lengths[:, None] + np.arange(steps)
     later = [np.take_along_axis(x, after[:, None, :, None], axis=2) for x in (q, k, v)]
-    key = jax.random.key(seed)
+    keys = jax.random.split(jax.random.key(seed), batch)
+
+    born = jnp.asarray(lengths, jnp.int32)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def all_steps(prompt: list[jax.Array], later: list[jax.Array]) -> Any:
         q, k, v = prompt
-        layer = prefill_layer(spec, LayerTables(), q, k, v, jnp.asarray(np.maximum(place, -1), jnp.int32), key)
+        layer = prefill_layer(spec, LayerTables(), q, k, v, jnp.asarray(np.maximum(place, -1), jnp.int32), keys)
 
         def step(carry: Any, x: Any) -> Any:
             layer, t, now = carry
             q1, k1, v1 = x
             head = t % spec.window if spec.window else t
-            layer = evict(spec, LayerTables(), layer, head, now)
-            layer = append(spec, LayerTables(), layer, head, k1[:, :, None], v1[:, :, None], now[:, None], now)
+            layer = evict(spec, LayerTables(), layer, head, now, keys)
+            layer = append(spec, LayerTables(), layer, head, k1[:, :, None], v1[:, :, None], now[:, None], now, keys)
             out, attention = attend(spec, LayerTables(), layer, q1[:, :, None], now[:, None])
-            layer = observe(spec, layer, attention, jax.random.fold_in(key, t), t)
+            layer = observe(spec, layer, attention, Queries(now[:, None], keys, born))
             return (layer, t + 1, now + 1), (all_positions(spec, layer), out[:, :, 0])
 
         start = layer, jnp.asarray(0, jnp.int32), jnp.asarray(lengths, jnp.int32)
@@ -259,6 +271,7 @@ CASES: dict[str, tuple[LayerSpec, Score, Any]] = {
     ),
     "corm": (layer_spec(Corm(queries=5), slots=30), vote_count(5), minor(5)),
     "corm at its cap, flush": (layer_spec(Corm(queries=5), slots=5, sinks=1, flush=2), vote_count(5), minor(5)),
+    "corm without a window": (layer_spec(Corm(queries=5), slots=40, window=0), vote_count(5), minor(5)),
     "corm budgeted": (layer_spec(Corm(queries=35, budgeted=True)), vote_count(35), None),
     "keyformer without noise": (
         layer_spec(Keyformer(tau_start=0.8, tau_end=3, new_tokens=20, noise=False)),
@@ -328,6 +341,49 @@ def test_scissorhands_holds_between_b_less_m_and_b(name, drop):
         assert full.size
         assert line.max() == budget
         assert line[full[0] :].min() == (budget if drop == 1 else budget - drop + 1)
+
+
+BLOCKS: dict[str, Any] = {"key_codec": KiviKeys(2, 4), "value_codec": IntGroup(2, 4), "flush": 4, "slots": 16}
+"""Codes of four tokens share a scale."""
+
+
+def test_scissorhands_frees_whole_blocks_where_slots_share_scales():
+    """Four blocks of main slots: at the flush that finds them full two are freed, m = 8 slots, and one is filled."""
+    pos = decode(layer_spec(Scissorhands(queries=6, drop=8), **BLOCKS)).pos[..., :16]
+    held = (pos.reshape(*pos.shape[:-1], 4, 4) >= 0).sum(axis=-1)
+    for row, h in np.ndindex(2, H):
+        blocks = (held[:, row, h] > 0).sum(axis=-1)
+        full = np.flatnonzero(blocks == 4)[0]
+        np.testing.assert_array_equal(blocks[full:], np.resize(np.repeat([4, 3], 4), STEPS - full))
+        # A prompt's last block may have holes; no other has.
+        assert (np.sort(held[-1, row, h])[1:] == 4).all()
+
+
+@pytest.mark.parametrize(
+    "codecs", [BLOCKS, BLOCKS | {"key_codec": Dense(), "value_codec": Dense()}], ids=["kivi", "dense"]
+)
+def test_all_is_kept_as_long_as_the_layer_says_whatever_the_prompts_length(codecs):
+    """A window that is emptied four at a time and a block with holes cost three tokens, and no fewer."""
+    spec = layer_spec(KeepAll(), **codecs)
+    assert spec.holds == 16 + 4 - 3
+    prompts = tuple(range(1, 15))
+    pos = decode(spec, batch=14, prompts=prompts, steps=18).pos[:, :, 0]
+    lost = 0
+    for row, length in enumerate(prompts):
+        line = pos[spec.holds - length - 1, row]
+        np.testing.assert_array_equal(np.sort(line[line >= 0]), np.arange(spec.holds))
+        lost += int((pos[spec.holds - length, row] >= 0).sum() <= spec.holds)
+    assert lost > 0, "the bound is not tight"
+    assert layer_spec(KeepAll(), window=0).holds == 7
+    with pytest.raises(ValueError, match="capacity is 18; .* keeps all of at most 17 tokens"):
+        cache_engine(MODEL, [spec], capacity=18)
+
+
+def test_sinks_lie_in_the_first_slots_also_of_a_row_whose_window_is_not_full():
+    """Three tokens of a prompt leave a window of four at once, with a hole before them."""
+    pos = decode(layer_spec(HeavyHitters(), slots=8, flush=4, sinks=2)).pos
+    for row in range(2):
+        np.testing.assert_array_equal(pos[-1, row, :, :2], [[0, 1]] * H)
 
 
 def test_corm_follows_the_attention_and_differs_by_head():

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hashml.kvcache.contract import Attention
+from hashml.kvcache.contract import Attention, Queries
 from hashml.kvcache.dense import Dense
 from hashml.kvcache.scissorhands import Scissorhands, ScissorhandsRelease, above_quantile
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.window_vote import WindowVote
 
 B, H, J, N = 2, 2, 2, 10
-KEY = jax.random.key(0)
+ASKS = Queries(jnp.zeros((B, 1), jnp.int32), jax.random.split(jax.random.key(0), B), jnp.zeros(B, jnp.int32))
+"""Who asks; votes do not depend on it."""
 
 
 def layer_spec(policy: WindowVote, **changes: Any) -> LayerSpec:
@@ -38,7 +39,7 @@ def leaving(policy: WindowVote, attention: Attention, pos: np.ndarray, now: int 
     """Slots in the order in which they would leave."""
     spec = layer_spec(policy)
     shown = jnp.broadcast_to(jnp.asarray(pos, jnp.int32), (B, H, N))
-    state = policy.observe(spec, policy.init(spec, B), attention, shown, KEY, jnp.asarray(0))
+    state = policy.observe(spec, policy.init(spec, B), attention, shown, ASKS)
     return np.argsort(policy.score(spec, state, shown, jnp.full(B, now)), axis=-1)
 
 
@@ -122,7 +123,7 @@ def test_the_release_drops_what_no_recent_row_voted_for():
     policy = ScissorhandsRelease(queries=4, quantile=0.7, start=50)
     spec = layer_spec(policy)
     shown = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, H, N))
-    state = policy.observe(spec, policy.init(spec, B), attention, shown, KEY, jnp.asarray(0))
+    state = policy.observe(spec, policy.init(spec, B), attention, shown, ASKS)
     votes = above_quantile(attention.probs, attention.valid, 0.7).any(axis=2)
     expected = np.array(~votes[:, :, -4:].any(axis=2))
     expected[..., -1] = False
@@ -139,5 +140,5 @@ def test_threshold_zero_and_a_full_window_keep_everything():
     policy = ScissorhandsRelease(queries=40, quantile=0, start=0)
     spec = layer_spec(policy)
     shown = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, H, N))
-    state = policy.observe(spec, policy.init(spec, B), attention, shown, KEY, jnp.asarray(0))
+    state = policy.observe(spec, policy.init(spec, B), attention, shown, ASKS)
     assert not policy.expire(spec, state, shown, jnp.asarray([40, 40])).any()

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hashml.accounting import stored_bytes
 from hashml.kvcache.accounting import bytes_per_token, cache_bytes
+from hashml.kvcache.batching import insert, reset_rows
 from hashml.kvcache.contract import Policy
 from hashml.kvcache.dense import Dense
 from hashml.kvcache.engine import engine
@@ -21,7 +22,7 @@ from hashml.kvcache.integer import Int8, IntGroup
 from hashml.kvcache.kivi import KiviKeys
 from hashml.kvcache.methods import cache_layers
 from hashml.kvcache.prefill import prefill_statistics
-from hashml.kvcache.serving import decode_step, insert, no_tables, prefill, reset_rows
+from hashml.kvcache.serving import decode_step, no_tables, prefill
 from hashml.kvcache.sharding import cache_shardings
 from hashml.kvcache.spec import CacheSpec, LayerSpec
 from hashml.kvcache.state import init
@@ -115,7 +116,7 @@ def test_a_row_that_is_inserted_goes_on_as_it_would_alone():
     spec, single = CacheSpec((one,) * 2, 3), CacheSpec((one,) * 2, 1)
     _, step = steps_of(MODEL, spec)
     begin_one, step_one = steps_of(MODEL, single)
-    place = jax.jit(insert)
+    place = jax.jit(functools.partial(insert, spec))
     tokens, pos = prompts()
     ready = [begin_one(PARAMS, tokens[i : i + 1], pos[i : i + 1], jax.random.key(0))[1] for i in range(3)]
     starts = {0: 0, 1: 2, 2: 6}  # multiples of flush
@@ -136,7 +137,7 @@ def test_a_row_that_is_inserted_goes_on_as_it_would_alone():
             for row in busy:
                 seen[row].append(logits[row])
             if i == 8 and 0 in rows:
-                held = reset_rows(held, jnp.asarray([True, False, False]))
+                held = reset_rows(spec, held, jnp.asarray([True, False, False]))
                 assert int(held.length[0]) == 0
                 assert (held.layers[0].pos[0] < 0).all()
         return seen
@@ -230,7 +231,7 @@ def test_every_named_cache_generates_and_the_same_seed_the_same_text():
     ("name", "message"),
     [
         ("h3o", "'h3o' is none of the policies full, streaming"),
-        ("h2o:3", "a policy stands first and has @TOKENS alone"),
+        ("h2o:3", "the option of 'h2o' is '3'; allowed is :normalised"),
         ("int8@3", "@TOKENS belongs to a policy, and 'int8' is a codec"),
         ("full@9", "'full' keeps all tokens"),
         ("h2o@0", "keeps 0 of 64 tokens, and must keep at least 2"),
@@ -310,7 +311,7 @@ def test_pages_of_a_row_that_is_reset_go_back():
     _, cache = begin(PARAMS, *prompts(), jax.random.key(0))
     # Rows of 12, 7 and 1 tokens have 8, 3 and 0 beside a window of 4: two pages, one and none for each of two heads.
     assert [int(layer.pages.top) for layer in cache.layers if layer.pages] == [12 - 6] * 2
-    after = reset_rows(cache, jnp.asarray([True, False, False]))
+    after = reset_rows(spec, cache, jnp.asarray([True, False, False]))
     for layer in after.layers:
         assert layer.pages is not None
         assert int(layer.pages.top) == 12 - 2

@@ -14,9 +14,12 @@ from scipy.ndimage import maximum_filter1d, uniform_filter1d
 from hashml.kvcache.ada_kv import AdaKV, ada_budgets
 from hashml.kvcache.contract import Attention, PrefillStatistics
 from hashml.kvcache.dense import Dense
+from hashml.kvcache.prefill import prefill_layer
 from hashml.kvcache.pyramid import pyramid_budgets, pyramid_layers
+from hashml.kvcache.scissorhands import Scissorhands
 from hashml.kvcache.snap_kv import SnapKV, snap_scores
 from hashml.kvcache.spec import LayerSpec
+from hashml.kvcache.state import LayerTables
 
 H, J, T, W = 3, 2, 20, 4
 KEY = jax.random.key(0)
@@ -53,8 +56,11 @@ def test_scores_are_summed_rows_pooled_as_scipy_pools(pooling, kernel):
     pool = uniform_filter1d if pooling == "avg" else maximum_filter1d
     expected = pool(sums, kernel, axis=-1, mode="constant", cval=0.0).mean(axis=1)
     np.testing.assert_allclose(frozen[0, :, 3:-W], expected, rtol=1e-5)
-    assert np.isposinf(frozen[0, :, -W:]).all()
-    np.testing.assert_array_equal(frozen, state["frozen"])
+    # The last W are frozen above all others, and in a prompt's choice the newest above the older of them.
+    np.testing.assert_array_equal(frozen[..., :-W], state["frozen"][..., :-W])
+    assert np.isposinf(state["frozen"][0, :, -W:]).all()
+    assert (np.diff(frozen[0, :, -W:], axis=-1) == 1).all()
+    assert (frozen[0, :, -W] > expected.max()).all()
 
 
 def test_the_best_pooled_tokens_stay_and_so_do_the_last():
@@ -67,6 +73,15 @@ def test_the_best_pooled_tokens_stay_and_so_do_the_last():
         assert set(range(T - W, T)) <= set(best[h])
         pooled = np.asarray(frozen)[0, h, : T - W]
         assert set(best[h]) - set(range(T - W, T)) == set(np.argsort(pooled)[-5:])
+
+
+def test_of_an_observation_window_that_does_not_fit_the_newest_stay():
+    """Eight queries choose, and a layer of six tokens is all of them that can be kept."""
+    spec = layer_spec(SnapKV(queries=8, kernel=1), slots=4, window=2)
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, heads, T, 4)) for i, heads in enumerate((H * J, H, H)))
+    layer = prefill_layer(spec, LayerTables(), q, k, v, jnp.arange(T, dtype=jnp.int32)[None], KEY)
+    np.testing.assert_array_equal(layer.pos[0], np.broadcast_to(np.arange(T - 6, T - 2), (H, 4)))
+    np.testing.assert_array_equal(layer.window_pos[0], [T - 2, T - 1])
 
 
 def test_with_kernel_one_a_permutation_of_early_keys_permutes_the_scores():
@@ -89,6 +104,23 @@ def test_later_tokens_outlive_the_prompts_and_among_them_the_newer_the_older():
     pos = jnp.asarray([[[3, 21, 7, 20, 22]] * H], jnp.int32)
     scores = policy.score(spec, state, pos, jnp.asarray([23]))
     np.testing.assert_array_equal(np.argsort(scores[0, 0]), [0, 2, 3, 1, 4])
+
+
+def test_what_policies_count_in_slots_follows_the_layers_of_a_pyramid():
+    """The smallest layer has fewer slots than the middle one drops at once, or has to a head."""
+    base = layer_spec(Scissorhands(queries=8, drop=4), slots=10)
+    layers = pyramid_layers(base, 3, beta=5, slope="rising")
+    assert [x.slots for x in layers] == [2, 10, 18]
+    assert [x.policy.bulk(x) for x in layers] == [1, 4, 7]
+    assert [getattr(x.policy, "drop") for x in layers] == [1, 4, 7]  # noqa: B009
+    shared = layer_spec(AdaKV(queries=W, base=8, later=2), slots=18, page_size=2, pages=3 * 10)
+    layers = pyramid_layers(shared, 3, beta=3)
+    assert [x.slots for x in layers] == [30, 18, 6]
+    assert [getattr(x.policy, "base") for x in layers] == [14, 8, 2]  # noqa: B009
+    # Pages as the slots, and of a smaller layer those that heads fill in part.
+    assert [x.pages for x in layers] == [50, 30, 12]
+    alike = pyramid_layers(layer_spec(SnapKV()), 3, beta=2)
+    assert {x.policy for x in alike} == {SnapKV()}
 
 
 def test_pooling_leaves_what_no_kernel_reaches():
@@ -247,7 +279,11 @@ def test_slots_for_later_tokens_lie_beyond_budgets():
     spec = layer_spec(AdaKV(queries=2, base=4, floor=0, later=3), slots=9, window=3)
     score, pos = scores_of(5), np.tile(np.arange(30, dtype=np.int32), (2, 1))
     bare = layer_spec(AdaKV(queries=2, base=4, floor=0), slots=6, window=3)
-    found, expected = (each.policy.caps(each, jnp.asarray(score), jnp.asarray(pos)) for each in (spec, bare))
+    policies: list[Any] = [spec.policy, bare.policy]
+    found, expected = (
+        policy.caps(each, jnp.asarray(score), jnp.asarray(pos))
+        for policy, each in zip(policies, (spec, bare), strict=True)
+    )
     np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="later is -1; it must be at least 0 slots"):
         AdaKV(base=4, later=-1)

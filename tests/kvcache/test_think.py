@@ -16,9 +16,11 @@ from hashml.kvcache.full import KeepAll
 from hashml.kvcache.integer import IntGroup
 from hashml.kvcache.kivi import KiviKeys
 from hashml.kvcache.kvquant import NonUniformKeys
+from hashml.kvcache.prefill import prefill_layer
 from hashml.kvcache.spec import LayerSpec
+from hashml.kvcache.state import LayerTables
 from hashml.kvcache.think import ThinK, choose_channels, choose_pairs
-from hashml.models.rotary import Rotary
+from hashml.models.rotary import Rotary, half_from_interleaved
 
 B, H, J, D, T, W = 2, 2, 2, 16, 24, 5
 SIGNPOSTS = jnp.asarray([-1.0, -0.4, 0.1, 0.8])
@@ -217,6 +219,21 @@ def test_runs_of_pairs_are_chosen_by_their_sum():
     np.testing.assert_array_equal(choose_pairs(energy, jnp.ones((1, 1, 8)), 4)[0, 0], [1, 3, 5, 7])
 
 
+def test_neighbours_that_turn_together_stay_together():
+    """Interleaved pairs are the others up to the order of channels; in runs, the best of all runs by hand."""
+    rng = np.random.default_rng(5)
+    of_queries, of_keys = (jnp.asarray(rng.random((2, 3, 12)), jnp.float32) for _ in range(2))
+    order = half_from_interleaved(12)
+    found = np.asarray(choose_pairs(of_queries, of_keys, 6, pairs="interleaved"))
+    same = np.sort(order[np.asarray(choose_pairs(of_queries[..., order], of_keys[..., order], 6))], axis=-1)
+    np.testing.assert_array_equal(found, same)
+    for unit, run in ((1, 2), (2, 2), (3, 6), (4, 4)):
+        found = np.asarray(choose_pairs(of_queries, of_keys, run, unit=unit, pairs="interleaved"))
+        pair = np.asarray(of_queries).reshape(2, 3, 6, 2).sum(-1) * np.asarray(of_keys).reshape(2, 3, 6, 2).sum(-1)
+        best = pair.reshape(2, 3, 12 // run, run // 2).sum(-1).argmax(-1)
+        np.testing.assert_array_equal(found, best[..., None] * run + np.arange(run))
+
+
 @pytest.mark.parametrize("inner", [IntGroup(4, 4), KiviKeys(2, 8)], ids=str)
 def test_prunes_then_quantises(inner):
     """The authors' order: the kept channels, coded as if there were no others."""
@@ -281,3 +298,42 @@ def test_only_pairs_may_meet_raw_keys():
     layer(ThinK(Coupled(4, 4), 0.5, pair_tied=True), "read")
     with pytest.raises(ValueError, match="value_codec is .*; it is for keys alone"):
         layer(Dense(), "write", ThinK(Dense()))
+
+
+def chosen_by_hand(q, k, length, count, kept=4):
+    """Of one row and head, whose queries are ``q [J, T, D]`` and keys ``k [T, D]``."""
+    energy = (q[:, :length][:, -count:].astype(np.float64) ** 2).mean((0, 1))
+    return np.sort(np.argsort(-energy * (k[:length].astype(np.float64) ** 2).mean(0))[:kept])
+
+
+@pytest.mark.parametrize("count", [3, 32])
+def test_all_cached_keys_choose_the_windows_among_them(count):
+    """A row whose prompt lies in the window as a whole chooses as well, and padding has no say in any."""
+    rng = np.random.default_rng(13)
+    lengths, width, tokens = (20, 5), 8, 20
+    q, k, v = (
+        (rng.normal(size=(2, heads, tokens, width)) * np.exp(rng.normal(size=(2, heads, 1, width)))).astype(
+            np.float32
+        )
+        for heads in (H * J, H, H)
+    )
+    # The window's keys are others than those before it.
+    k[:, :, :6] *= 5 * np.exp(rng.normal(size=(2, H, 6, width)))
+    pos = np.full((2, tokens), -1, np.int32)
+    placed = [np.full_like(x, 9.0) for x in (q, k, v)]
+    for row, length in enumerate(lengths):
+        pos[row, tokens - length :] = np.arange(length)
+        for x, source in zip(placed, (q, k, v), strict=True):
+            x[row, :, tokens - length :] = source[row, :, :length]
+    spec = LayerSpec(
+        kv_heads=H, query_heads=H * J, head_dim=width, slots=16, window=8, value_codec=Dense(),
+        key_codec=ThinK(Dense(), 0.5, queries=count), policy=KeepAll(), rotary=None, rope="none",
+    )  # fmt: skip
+    given = (jnp.asarray(x) for x in (*placed, pos))
+    run = jax.jit(functools.partial(prefill_layer, spec, LayerTables()))
+    layer = run(*given, jax.random.key(0))
+    for row, h in np.ndindex(2, H):
+        expected = chosen_by_hand(q[row, J * h : J * (h + 1)], k[row, h], lengths[row], count)
+        np.testing.assert_array_equal(layer.keys.fixed["channels"][row, h], expected)
+    with pytest.raises(ValueError, match="queries is 0; at least 1"):
+        ThinK(Dense(), queries=0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashml.kvcache.contract import Attention, masked_softmax
+from hashml.kvcache.contract import Attention, Queries, masked_softmax
 from hashml.kvcache.dense import Dense
 from hashml.kvcache.spec import LayerSpec
 from hashml.kvcache.window_vote import (
@@ -126,7 +126,8 @@ def test_query_heads_vote_by_any_or_by_their_mean(votes):
                      value_codec=Dense(), policy=policy, rotary=None, rope="none")  # fmt: skip
     attention = Attention(jnp.zeros(probs.shape), jnp.asarray(probs), jnp.asarray(valid))
     pos = jnp.zeros((2, 3, 9), jnp.int32)
-    state = policy.observe(spec, policy.init(spec, 2), attention, pos, jax.random.key(0), jnp.asarray(0))
+    asks = Queries(jnp.zeros((2, 4), jnp.int32), jax.random.split(jax.random.key(0), 2), jnp.zeros(2, jnp.int32))
+    state = policy.observe(spec, policy.init(spec, 2), attention, pos, asks)
     for b, h, n in np.ndindex(2, 3, 9):
         count = 0
         for q in range(4):

@@ -79,7 +79,7 @@ def test_budgets_are_of_bytes(name, budget):
     layers = contender(name, setting, budget)
     size = harness.row_bytes(model, layers).total
     exact = 2 * (2 * 2 * 32 * 2 * 96 + 4 * 96)  # keys and values of 2 heads in float16, and a position for both
-    others = 2 * 64 * 4 + 4 + 4 + 4 + 8  # the smeared rows, length, ring index, step and noise key
+    others = 2 * 64 * 4 + 4 + 4 + 4 + 4 + 8  # smeared rows, lengths of row and prompt, ring index, step, noise key
     spec = harness.batch_spec(layers, 1)
     cache = init(spec, jax.random.key(0))
     assert size == sum(stored_bytes(layer) for layer in cache.layers) + others
