@@ -19,7 +19,7 @@ from IPython.display import Image, display
 from experiments.data import stories
 from experiments.lab import new_figure
 from experiments.lab.figures import save
-from hashml.kvcache import CacheSpec, cache_bytes, cache_layers, decode_step, init, no_tables
+from hashml.kvcache import CacheSpec, cache_bytes, cache_layers, decode_step, init, no_tables, prefill
 from hashml.models.decoder import decoder_model
 from hashml.models.generation import generate
 from hashml.models.tokenization import decode
@@ -102,3 +102,31 @@ for name in policies[2:]:
     last = seen[name][0][-1][:middle]
     best = np.argsort(-last, kind="stable")[:8]
     print(f"{name.removesuffix('@48'):13s}", "  ".join(f"{words[i]!r} {last[i]:.0%}" for i in best))
+
+# %% [markdown]
+# ## Chosen once, by the end of the prompt
+#
+# SnapKV and its relatives do not decide as they write. They read a prompt with exact attention, let its last few
+# tokens look back, and keep what these looked at. PyramidKV gives early layers more room and late layers less; AdaKV
+# lets the heads of a layer compete for one budget. One line is one head, the first layer on top, one column a token
+# of the first half of the story, the prompt; black is what is kept.
+
+# %%
+prompted = ["snapkv@36", "pyramidkv@36", "adakv@36"]
+positions = jnp.arange(middle, dtype=jnp.int32)[None]
+drawing, axes = new_figure(columns=3, sharey=True, width=13, height=4.2)
+for ax, name in zip(axes, prompted, strict=True):
+    spec = CacheSpec(cache_layers(name, config, len(story)), batch=1)
+    _, cache = prefill(model, spec, no_tables(spec), params, tokens[None, :middle], positions, jax.random.key(0))
+    lines = []
+    for layer in cache.layers:
+        kept = jnp.concatenate([layer.pos, layer.window_pos[:, None].repeat(layer.pos.shape[1], 1)], axis=2)
+        lines.append(jax.nn.one_hot(kept[0], middle).sum(axis=1))
+    picture = np.concatenate(lines)
+    ax.imshow(picture, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    ax.set(title=f"{name.removesuffix('@36')}: {picture.sum(axis=1).mean():.1f} tokens a head",
+           xlabel="token of the prompt")  # fmt: skip
+    ax.grid(visible=False)
+axes[0].set_yticks(np.arange(config.layers) * config.kv_heads, labels=[f"layer {i}" for i in range(config.layers)])
+axes[0].set(ylabel="heads of the layers")
+display(Image(save(drawing, "png")))
