@@ -148,7 +148,7 @@ def _engine(options: argparse.Namespace, model: DecoderModel, params: Params, st
 
 def _progress(done: int, total: int) -> None:
     end = "\n" if done == total else "\r"
-    print(f"codebooks: {done} of {total}", end=end, file=sys.stderr, flush=True)
+    print(f"learning: step {done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 def _write(text: str) -> None:

@@ -19,8 +19,8 @@ LLAMA_7B = DecoderConfig(
 )
 TOKENS = 4096
 METHODS = (
-    "full", "int8", "int4:128", "int4", "kivi:4", "kivi:2", "kvquant:3o1", "coupled:4c8b", "coupled:8c8b",
-    "think:0.4", "streaming@0.2", "h2o@0.2", "tova@0.2", "snapkv@0.2", "pyramidkv@0.2", "adakv@0.2",
+    "full", "int8", "int4:128", "int4", "kivi:4", "kivi:2", "kvquant:3o1", "kvquant:3o1f1", "coupled:4c8b",
+    "coupled:8c8b", "think:0.4", "streaming@0.2", "h2o@0.2", "tova@0.2", "snapkv@0.2", "pyramidkv@0.2", "adakv@0.2",
     "scissorhands@0.2", "keyformer@0.2", "corm@0.2", "scissorhands@0.2+int4", "h2o@0.2+coupled:8c8b",
     "snapkv@0.25+think:0.4",
 )  # fmt: skip

@@ -39,7 +39,7 @@ def test_a_run_has_its_rows_its_claims_a_table_and_a_figure(finished):
 
 
 def test_bits_and_bytes_are_those_counted_by_hand(finished):
-    """One head of 32 channels, 48 tokens, no window: keys and values of a token, its position, and 20 bytes that the
+    """One head of 32 channels, 48 tokens, no window: keys and values of a token, its position, and 24 bytes that the
     whole cache shares. Books are of 32 / c groups of 2^b centroids of c float16 values, for keys and for values."""
     _, rows = finished
     expected = {"coupled:4c4b": (1.0, 2 * 4 + 4, 2 * 8 * 16 * 4 * 2), "int2": (3.0, 2 * (8 + 4) + 4, 0),
@@ -48,7 +48,7 @@ def test_bits_and_bytes_are_those_counted_by_hand(finished):
         part = rows.filter(pl.col("method").eq(method) & pl.col("fixture").eq("f1"))
         assert set(part["bits"]) == {bits}, method
         assert set(part["table_bytes"]) == {books}, method
-        np.testing.assert_allclose(part["bytes_per_token"], per_token + 20 / 48, err_msg=method)
+        np.testing.assert_allclose(part["bytes_per_token"], per_token + 24 / 48, err_msg=method)
 
 
 def test_uniform_books_know_no_gradient(finished):
