@@ -79,6 +79,8 @@ FAMILIES = {
     "coupled:8c8b": "CQ 2c8b, 4c8b, 8c10b, 8c8b",
 }
 """Codecs that are one line of the figure."""
+SPEED = ("speed", "speed_low", "speed_high")
+"""Tokens a second over the exact cache's, and the bounds of its interval."""
 PROTOCOLS = {"decode": "token by token", "prompt": "compressed prompt"}
 
 
@@ -110,6 +112,8 @@ def table(rows: pl.DataFrame) -> pl.DataFrame:
 def _with_excess(rows: pl.DataFrame) -> pl.DataFrame:
     """Rows with the loss over that of the same model's exact cache, less 1: models differ by more than caches."""
     exact = pl.col("nll").filter(pl.col("method") == "full").first().over("fixture", "protocol", "seed")
+    untimed = [name for name in ("tokens_per_second", *SPEED) if name not in rows.columns]
+    rows = rows.with_columns(pl.lit(None, pl.Float64).alias(name) for name in untimed)
     return rows.with_columns((pl.col("nll") / exact - 1).alias("excess"))
 
 
