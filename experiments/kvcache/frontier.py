@@ -1,6 +1,6 @@
 """Quality against bytes: what each way to make a cache smaller costs, and what two of them cost together.
 
-    python -m experiments run kvcache.frontier      # about 20 minutes on 2 cores, once models and codebooks are there
+    python -m experiments run kvcache.frontier      # about 35 minutes on 2 cores, once models and codebooks are there
 
 Loss of a language model (``f1``, held-out WikiText-2, tokens after the middle of 256) and of a published one
 (stories260K, on stories that it tells itself), and accuracy of a recall model (final questions of 96 tokens) while

@@ -13,8 +13,8 @@ weighted by the gradient of the loss (Fisher), in `hashml.kvcache.calibration`, 
 encoding.
 
 Codebooks are parameters, ``{"codebook": float16 [H, D / c, 2**b, c]}`` a layer, of which a model has one copy; on toy
-models they outweigh the cache. As the paper's kernels are, this is a definition: XLA forms the decoded keys, and the
-bytes that are saved are saved in memory, not in traffic.
+models they outweigh the cache. What is here is the definition, for which XLA forms the decoded keys; where a large
+store is read on a GPU or a TPU, `hashml.kvcache.fused` reads the codes themselves.
 """
 
 import dataclasses

@@ -78,12 +78,11 @@ def test_refuses_what_cannot_be(changes, message):
 
 
 def test_sizes_that_only_just_can_be():
-    layer_of(sliding_window=1)
-    layer_of(slots=4, sinks=3, window=0)
-    layer_of(slots=3, sinks=3, window=1)
-    layer_of(
-        key_codec=ThinK(Dense(), pair_tied=True, pairs="interleaved"), rope="read", rotary=Rotary(pairs="interleaved")
-    )
+    assert layer_of(sliding_window=1).sliding_window == 1
+    assert layer_of(slots=4, sinks=3, window=0).capacity == 4
+    assert layer_of(slots=3, sinks=3, window=1).capacity == 4
+    tied = ThinK(Dense(), pair_tied=True, pairs="interleaved")
+    assert layer_of(key_codec=tied, rope="read", rotary=Rotary(pairs="interleaved")).key_codec == tied
 
 
 def fed(

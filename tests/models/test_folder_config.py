@@ -207,7 +207,9 @@ def test_special_tokens_are_integers():
 def test_sizes_are_read_without_arrays_of_them(entries):
     """Frequencies, or types, of so many would not fit any memory."""
     for kind, window in (("llama", {}), ("qwen2", WINDOW | {"max_window_layers": 0})):
-        read(kind, **window, **entries)
+        config = read(kind, **window, **entries)
+        ours = {"head_dim": config.head_dim, "num_hidden_layers": config.layers, "vocab_size": config.vocabulary}
+        assert entries.items() <= ours.items()
 
 
 # --- written --------------------------------------------------------------------------------------
